@@ -1,0 +1,1 @@
+"""Kernels, one operation a folder; installed as ``lowmem_compile.kernels``."""

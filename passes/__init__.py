@@ -1,0 +1,1 @@
+"""Graph rewrites, one idea a file; installed as ``lowmem_compile.passes``."""
