@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SEED = 20_240_501
 
 CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
-# A cached graph skips the passes, so a test could pass without running what it tests. Where this cache is off,
+# A cached graph skips the passes: a test could pass without running what it tests. Where this cache is off,
 # AOTAutograd's is too.
 GRAPH_CACHE = "TORCHINDUCTOR_FX_GRAPH_CACHE_DEFAULT"
 # These would win over a test that switches a cache on for itself.
