@@ -68,7 +68,7 @@ bench: venv
 
 clean:
 	rm -rf .cache build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
-	find lowmem_compile passes kernels tests benchmarks examples scripts -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)
