@@ -1,0 +1,172 @@
+"""The one door to private torch: every name of ``torch._inductor``, ``torch._functorch``, ``torch._dynamo`` that lowmem uses.
+
+Nothing else in the package imports a private torch module (tested). Checked with torch 2.13; names that differ
+in 2.14 get a shim here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch._functorch.config as functorch_config
+import torch._functorch.partitioners as _partitioners
+import torch._inductor.config as inductor_config
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters as dynamo_counters
+from torch._functorch.partitioners import (
+    MinCutOptions,
+    NodeInfo,
+    default_partition,
+    min_cut_rematerialization_partition,
+    solve_min_cut,
+)
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._logging import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import optimization_hint
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+__all__ = [
+    "CustomPartitionerFn",
+    "FakeTensor",
+    "FakeTensorMode",
+    "GraphTransformObserver",
+    "MinCutOptions",
+    "NodeInfo",
+    "StableDecompositions",
+    "cache_dir",
+    "compile_fx",
+    "default_partition",
+    "detect_fake_mode",
+    "dynamo_counters",
+    "dynamo_explain",
+    "expose_constant",
+    "functorch_config",
+    "inductor_config",
+    "list_mode_options",
+    "min_cut_rematerialization_partition",
+    "op_types",
+    "optimization_hint",
+    "saved_values_chooser",
+    "select_decomp_table",
+    "solve_min_cut",
+    "trace_structured",
+]
+
+
+def list_mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's config patches for a ``mode=`` string; ``KeyError`` for an unknown mode."""
+    from torch._inductor import list_mode_options as modes
+
+    table = cast("Mapping[str, dict[str, Any]]", modes())
+    return dict(table[mode])
+
+
+def mode_names() -> list[str]:
+    """The ``mode=`` strings that Inductor knows."""
+    from torch._inductor import list_mode_options as modes
+
+    return sorted(modes())
+
+
+def op_types() -> Any:
+    """The partitioner's op lists (recomputable, fusible, view, random, compute intensive)."""
+    return _partitioners.get_default_op_list()
+
+
+@contextlib.contextmanager
+def saved_values_chooser(choose: Callable[[fx.Graph, NodeInfo, float], list[fx.Node]]) -> Iterator[None]:
+    """Let ``choose(joint_graph, node_info, memory_budget)`` decide what min-cut saves, in this context only."""
+
+    def patched(joint_graph: fx.Graph, node_info: NodeInfo, memory_budget: float = 1) -> list[fx.Node]:
+        return choose(joint_graph, node_info, memory_budget)
+
+    with unittest.mock.patch.object(_partitioners, "choose_saved_values_set", patched):
+        yield
+
+
+stock_choose_saved_values: Callable[..., list[fx.Node]] = _partitioners.choose_saved_values_set
+
+
+def with_required_forward(info: NodeInfo, graph: fx.Graph, extra: Sequence[fx.Node]) -> NodeInfo:
+    """``info`` with ``extra`` nodes counted as required by the forward (so that bans and tags bind them)."""
+    if not extra:
+        return info
+    from torch.utils._ordered_set import OrderedSet
+
+    required = OrderedSet([*info._required_fw_nodes, *extra])
+    order = {n: i for i, n in enumerate(n for n in graph.nodes if n in required)}
+    return dataclasses.replace(info, _required_fw_nodes=required, fw_order=order)
+
+
+class StableDecompositions(dict[Any, Any]):
+    """A decomposition table that pickles to a short key, so that Inductor's FX-graph cache stays usable.
+
+    A plain dict holds pybind objects that cannot be pickled: every graph would bypass the cache.
+    """
+
+    def __init__(self, table: Mapping[Any, Any], key: str) -> None:
+        super().__init__(table)
+        self.key = key
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[type[str], tuple[str]]:
+        return str, (self.key,)
+
+
+def expose_constant(gm: fx.GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool = False) -> None:
+    """Add a tensor to a Dynamo graph module so that AOTAutograd lifts it as one more input."""
+    if parameter:
+        gm.register_parameter(name, cast("torch.nn.Parameter", tensor))
+    else:
+        gm.register_buffer(name, tensor)
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = ConstantSource(name)
+
+
+def dynamo_explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``torch._dynamo.explain``."""
+    return torch._dynamo.explain(fn)(*args, **kwargs)
+
+
+def inductor_cache_dir() -> Path:
+    """The folder of Inductor's on-disk caches."""
+    return Path(cache_dir())
+
+
+def source_name(node: fx.Node) -> str:
+    """The name Dynamo gives the origin of a placeholder, such as ``L['self']._parameters['weight']``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        grapharg = node.meta.get("grapharg")
+        source = getattr(grapharg, "source", None)
+    if source is None:
+        return str(node.target)
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def dry_run(model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Compile ``model`` with lowmem up to code generation, run the graphs as captured, and throw the result away."""
+    from lowmem_compile.backend import lowmem
+
+    def capture(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        return gm.forward
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return lowmem(gm, example_inputs, options=options, inner_compile=capture)
+
+    torch._dynamo.reset_code_caches()
+    with torch.enable_grad():
+        torch.compile(model, backend=backend)(*inputs, **kwargs)

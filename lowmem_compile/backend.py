@@ -1,0 +1,146 @@
+"""``torch.compile(model, backend="lowmem")``: the function Dynamo calls once a graph."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import lowmem_compile
+from lowmem_compile._torch import (
+    CustomPartitionerFn,
+    StableDecompositions,
+    compile_fx,
+    list_mode_options,
+    mode_names,
+    select_decomp_table,
+)
+from lowmem_compile.autocast import autocast_dtypes
+from lowmem_compile.contract import Context, Stage
+from lowmem_compile.errors import OptionError
+from lowmem_compile.options import Options
+from lowmem_compile.partition import KEPT_WHOLE, partition_joint
+from lowmem_compile.pipeline import run_stage
+from lowmem_compile.registry import register
+from lowmem_compile.registry import reset as reset_registry
+
+log = logging.getLogger(__name__)
+
+
+def lowmem(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph: rewrite it so that less is kept for the backward pass, then hand it to Inductor.
+
+    Args:
+        gm: torch-IR graph; parameters are inputs.
+        example_inputs: the tensors of this call.
+        mode: passed on to Inductor (``"max-autotune"``, ...).
+        options: see :class:`lowmem_compile.options.Options`.
+        inner_compile: replaces Inductor's code generation (dry runs and graph-level tests); turns its caches off.
+
+    Raises:
+        OptionError: unknown or ill-typed option, unknown mode; before anything is traced.
+    """
+    settings = Options.from_dict(options)
+    patches = {**_mode_patches(mode), **settings.inductor}
+    entry = register(gm, example_inputs, settings, identity(settings))
+    recorder = entry.recorder
+    device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
+    ctx = Context(options=settings, device=device, facts={"autocast": autocast_dtypes(gm.graph, device)})
+    recorder.dump("dynamo", gm)
+    run_stage(Stage.DYNAMO, gm, ctx, recorder)
+    gm.recompile()
+    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry)
+    more: dict[str, Any] = {}
+    if inner_compile is not None:
+        more["inner_compile"] = inner_compile
+        patches["force_disable_caches"] = True
+    compiled = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more)
+    return entry.wrap(compiled)
+
+
+lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+
+
+class Partitioner(CustomPartitionerFn):
+    """Inductor's partitioner hook. Holds no graph; its uuid covers everything that can change the result."""
+
+    def __init__(self, options: Options, device: str, entry: Any) -> None:
+        self.options, self.device, self.entry = options, device, entry
+
+    def __deepcopy__(self, memo: Any) -> Partitioner:
+        return self
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        ctx = Context(options=self.options, device=self.device)
+        candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
+        self.entry.partitioned(candidates)
+        chosen = candidates.partitions[candidates.chosen]
+        return chosen.forward, chosen.backward
+
+    def uuid(self) -> str:
+        return identity(self.options)
+
+
+def decompositions(options: Options) -> StableDecompositions:
+    """Inductor's decompositions, less the operations the passes want to see whole."""
+    table = {k: v for k, v in select_decomp_table().items() if k not in KEPT_WHOLE}
+    return StableDecompositions(table, identity(options))
+
+
+def identity(options: Options) -> str:
+    """Hash of the package's sources, the options and the versions: the cache key of everything lowmem does."""
+    return hashlib.sha256(f"{sources_hash()}{options.key()}{torch.__version__}{_triton_version()}".encode()).hexdigest()
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Hash of every Python source of the package, passes and kernels included."""
+    digest = hashlib.sha256()
+    roots: list[str] = []
+    import lowmem_compile.kernels
+    import lowmem_compile.passes
+
+    for package in (lowmem_compile, lowmem_compile.kernels, lowmem_compile.passes):
+        roots += list(package.__path__)
+    for root in dict.fromkeys(roots):
+        for path in sorted(Path(root).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _triton_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
+
+
+def _mode_patches(mode: str | None) -> dict[str, Any]:
+    if mode is None or mode == "default":
+        return {}
+    if mode not in mode_names():
+        raise OptionError(f"unknown mode {mode!r}; Inductor's modes are {', '.join(mode_names())}")
+    return list_mode_options(mode)
+
+
+def dump_folder(options: Options) -> Path | None:
+    """Where graphs are dumped: ``options['dump']``, else ``LOWMEM_DEBUG_DIR``, else nowhere."""
+    folder = options.dump or os.environ.get("LOWMEM_DEBUG_DIR")
+    return Path(folder) if folder else None

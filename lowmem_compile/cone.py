@@ -1,0 +1,121 @@
+"""Recognition by value: evaluate the part of a torch-IR graph between one tensor and a node, in float64.
+
+Models write the same function in many ways (``x * 0.5 * (1 + erf(x / sqrt(2)))``, ``0.5 * x * (1 + ...)``, method or
+function, with or without casts). Instead of one pattern a spelling, a cone of elementwise and row-wise operations is run on
+sample points and compared with the known function.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx
+
+CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as"}
+ELEMENTWISE_METHODS = {
+    "add", "sub", "mul", "div", "pow", "square", "sqrt", "rsqrt", "reciprocal", "neg", "exp", "erf", "tanh", "sigmoid",
+    "__add__", "__mul__", "__sub__", "__truediv__", "__pow__", "__rsub__", "__rmul__", "__radd__",
+}  # fmt: skip
+ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
+    {
+        operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.iadd,
+        operator.imul, operator.isub, operator.itruediv,
+        torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.square, torch.sqrt, torch.rsqrt,
+        torch.reciprocal, torch.neg, torch.exp, torch.erf, torch.tanh, torch.sigmoid, F.sigmoid, F.tanh, F.silu,
+        torch.special.erf,
+    }
+)  # fmt: skip
+REDUCTION_METHODS = {"mean", "var", "sum"}
+REDUCTION_FUNCTIONS: frozenset[Any] = frozenset({torch.mean, torch.var, torch.sum})
+
+
+def is_cast(node: fx.Node) -> bool:
+    """A change of dtype that keeps the values."""
+    return node.op == "call_method" and node.target in CASTS
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """An elementwise operation that :func:`evaluate` can run."""
+    if node.op == "call_method":
+        return node.target in ELEMENTWISE_METHODS or node.target in CASTS
+    return node.op == "call_function" and node.target in ELEMENTWISE_FUNCTIONS
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """A mean, sum or variance."""
+    if node.op == "call_method":
+        return node.target in REDUCTION_METHODS
+    return node.op == "call_function" and node.target in REDUCTION_FUNCTIONS
+
+
+def strip_casts(node: fx.Node) -> fx.Node:
+    """The node below a chain of casts."""
+    while is_cast(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def cone(root: fx.Node, leaf: fx.Node, *, reductions: bool = False) -> list[fx.Node] | None:
+    """The nodes between ``leaf`` and ``root`` in graph order, or ``None`` if the cone has another tensor leaf."""
+    inside: set[fx.Node] = set()
+    work = [root]
+    while work:
+        node = work.pop()
+        if node is leaf or node in inside:
+            continue
+        if not (is_elementwise(node) or (reductions and is_reduction(node))):
+            return None
+        inside.add(node)
+        work.extend(node.all_input_nodes)
+        if not node.all_input_nodes or len(inside) > 64:
+            return None
+    return [n for n in root.graph.nodes if n in inside]
+
+
+def evaluate(nodes: list[fx.Node], leaf: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """Run the cone with ``leaf`` = ``value`` (float64); casts are identities."""
+    env: dict[fx.Node, Any] = {leaf: value}
+
+    def load(item: Any) -> Any:
+        return fx.map_arg(item, lambda n: env[n])
+
+    for node in nodes:
+        if is_cast(node):
+            env[node] = env[node.args[0]] if isinstance(node.args[0], fx.Node) else value
+            continue
+        args, kwargs = load(node.args), {k: v for k, v in load(node.kwargs).items() if k not in ("out", "dtype")}
+        if node.op == "call_method":
+            env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            target: Callable[..., Any] = node.target  # type: ignore[assignment]
+            env[node] = target(*args, **kwargs)
+    return env[nodes[-1]] if nodes else value
+
+
+def scalars(nodes: list[fx.Node]) -> list[float]:
+    """The Python numbers written in the cone."""
+    found: list[float] = []
+    for node in nodes:
+        for item in (*node.args, *node.kwargs.values()):
+            if isinstance(item, (int, float)) and not isinstance(item, bool):
+                found.append(float(item))
+    return found
+
+
+def erase_unused(root: fx.Node) -> None:
+    """Erase ``root`` and the pure nodes below it that nothing reads any more.
+
+    A general dead-code elimination would be wrong on torch IR: ``x.add_(y)`` looks unused to it.
+    """
+    work = [root]
+    while work:
+        node = work.pop()
+        if node.users or not (node is root or is_elementwise(node) or is_reduction(node)):
+            continue
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        work.extend(i for i in inputs if i not in work)

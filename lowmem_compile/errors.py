@@ -1,0 +1,19 @@
+"""Errors a user can meet. Each names the option or object, the value, and the way out."""
+
+from __future__ import annotations
+
+
+class LowMemError(Exception):
+    """Base class of lowmem's errors."""
+
+
+class OptionError(LowMemError, ValueError):
+    """An unknown, ill-typed or contradictory option."""
+
+
+class PassError(LowMemError, RuntimeError):
+    """A pass failed while ``strict=True``; the message names the pass."""
+
+
+class ReportError(LowMemError, ValueError):
+    """A report was asked of something that lowmem did not compile."""

@@ -1,0 +1,124 @@
+"""The options of the backend: one frozen, validated dataclass.
+
+``torch.compile(model, backend="lowmem", options={...})`` passes its dictionary to :meth:`Options.from_dict`, which
+refuses unknown names and wrong types before anything is traced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from lowmem_compile.errors import OptionError
+
+Gradients = Literal["approximate", "exact"]
+Table = Literal["derivative", "primitive"]
+Recompute = Literal["pointwise", "inductor"]
+Fold = Literal["auto", "always", "never"]
+Loss = Literal["auto", "never"]
+Check = Literal["off", "lint", "full"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the backend may do to a graph.
+
+    Attributes:
+        gradients: ``"approximate"`` (default) allows passes whose gradient differs from the exact one where that saves
+            bytes; ``"exact"`` uses only exact and reassociated passes.
+        table: step table of approximate-BP activations: ``"derivative"`` (lower pointwise gradient error) or
+            ``"primitive"`` (ReGELU2/ReSiLU2, the published coefficients).
+        recompute: ``"pointwise"`` (default) lets the backward pass recompute pointwise operations, matmul inputs
+            included; ``"inductor"`` keeps Inductor's own rule.
+        fold_norm_affine: fold a norm's affine into the linears that read it: ``"auto"`` only where it lowers the
+            saved bytes, ``"always"`` wherever it is legal, ``"never"``.
+        chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
+        disable: names of passes not to run.
+        strict: raise when a pass fails, instead of compiling without it.
+        report: collect what :func:`lowmem_compile.report` shows (about the cost of tracing the model once).
+        check: graph check after every pass: ``"off"``, ``"lint"`` (default), ``"full"`` (also re-run with fake tensors).
+        dump: folder for the numbered graphs before and after every pass; ``None`` for none (or ``LOWMEM_DEBUG_DIR``).
+        inductor: config patches passed on to Inductor, as in ``torch.compile(options=...)``.
+    """
+
+    gradients: Gradients = "approximate"
+    table: Table = "derivative"
+    recompute: Recompute = "pointwise"
+    fold_norm_affine: Fold = "auto"
+    chunked_loss: Loss = "auto"
+    disable: tuple[str, ...] = ()
+    strict: bool = False
+    report: bool = True
+    check: Check = "lint"
+    dump: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name == "disable" and isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, "disable", value)
+            _check_type(f.name, value, hints[f.name])
+        if self.disable:
+            from lowmem_compile.pipeline import pass_names
+
+            unknown = sorted(set(self.disable) - set(pass_names()))
+            if unknown:
+                raise OptionError(
+                    f"options['disable'] names unknown passes {unknown}; the passes are {', '.join(pass_names())}"
+                )
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any] | None) -> Options:
+        """Validate the dictionary given to ``torch.compile(options=...)``.
+
+        Raises:
+            OptionError: an unknown name (the valid ones are listed) or a value of the wrong type.
+        """
+        options = dict(options or {})
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = [k for k in options if k not in names]
+        if unknown:
+            hints = "; ".join(
+                f"did you mean {close[0]!r} for {k!r}?"
+                for k in unknown
+                if (close := difflib.get_close_matches(str(k), names, n=1))
+            )
+            raise OptionError(
+                f"unknown lowmem option{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}. "
+                f"Valid options: {', '.join(names)}. Inductor's own config goes under 'inductor'."
+                + (f" ({hints})" if hints else "")
+            )
+        return cls(**options)
+
+    def key(self) -> str:
+        """Canonical JSON of every option that can change the compiled code."""
+        data = dataclasses.asdict(self)
+        return json.dumps(data, sort_keys=True, default=repr)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint) or not isinstance(value, str):
+            raise OptionError(f"options[{name!r}] must be one of {', '.join(map(repr, get_args(hint)))}, not {value!r}")
+        return
+    if name == "disable":
+        ok = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+        wanted = "a list of pass names"
+    elif name == "inductor":
+        ok = isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
+        wanted = "a dict of Inductor config names and values"
+    elif name == "dump":
+        ok = value is None or isinstance(value, str)
+        wanted = "a folder name or None"
+    else:
+        ok = isinstance(value, bool)
+        wanted = "True or False"
+    if not ok:
+        raise OptionError(f"options[{name!r}] must be {wanted}, not {value!r}")

@@ -1,0 +1,141 @@
+"""Joint graph → forward and backward graph: try the rewrites, keep the ones that pay, never end above Inductor.
+
+Candidates, each partitioned for real and counted:
+
+1. ``inductor``   Inductor's own partition of the graph without our rewrites;
+2. ``one_flag``   the same with ``ban_recompute_materialized_backward=False``, PyTorch's exact rival;
+3. ``lowmem``     our passes and rules; sites whose rewrite did not free its tensor are undone and the rest partitioned again.
+
+The candidate with the fewest saved bytes is compiled; at equal bytes the earlier one, which changes less.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from lowmem_compile._torch import (
+    functorch_config,
+    min_cut_rematerialization_partition,
+    saved_values_chooser,
+    select_decomp_table,
+)
+from lowmem_compile.contract import Context, Rewrite, Stage
+from lowmem_compile.graph import copy_module, decompose, is_tangent, placeholders, storage_root
+from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
+from lowmem_compile.passes.approximate_activation import ACTIVATIONS
+from lowmem_compile.pipeline import Recorder, run_stage
+from lowmem_compile.recompute import choose_saved
+from lowmem_compile.saved import Partition
+
+log = logging.getLogger(__name__)
+
+KEPT_WHOLE = tuple(ACTIVATIONS)
+OWN_OPS = {
+    "lowmem.normalize.default": normalize_reference,
+    "lowmem.normalize_backward.default": normalize_backward_reference,
+}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The partitions that were counted; ``chosen`` is the one that is compiled."""
+
+    partitions: Mapping[str, Partition]
+    chosen: str
+    recorder: Recorder
+
+
+def expand(graph: fx.Graph) -> None:
+    """Decompose the operations that were kept whole for the passes."""
+    table = dict(select_decomp_table())
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if str(node.target) in OWN_OPS:
+            decompose(graph, node, OWN_OPS[str(node.target)], table)
+        elif node.target in KEPT_WHOLE:
+            decompose(graph, node, table[node.target], table)
+
+
+def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorder: Recorder, kwargs: dict[str, Any]) -> Candidates:
+    """Partition a joint graph (see the module docstring)."""
+    for node, index in zip(placeholders(gm.graph), range(len(gm.graph.nodes)), strict=False):
+        node.meta["lowmem_static"] = index in (kwargs.get("static_lifetime_input_indices") or ())
+    recorder.dump("joint", gm)
+
+    def cut(module: fx.GraphModule) -> Partition:
+        module.recompile()
+        forward, backward = min_cut_rematerialization_partition(module, joint_inputs, **kwargs)
+        return Partition(forward, backward, kwargs["num_fwd_outputs"])
+
+    plain = copy_module(gm)
+    expand(plain.graph)
+    partitions = {"inductor": cut(copy_module(plain))}
+    with functorch_config.patch(ban_recompute_materialized_backward=False):
+        partitions["one_flag"] = cut(copy_module(plain))
+
+    ours = functools.partial(choose_saved, pointwise=ctx.options.recompute == "pointwise")
+
+    def rewrite_and_cut(skip: frozenset[str], record: Recorder | None) -> tuple[Partition, list[Rewrite]]:
+        module = copy_module(gm)
+        rewritten = run_stage(Stage.JOINT, module, replace(ctx, skip=skip), record)
+        expand(module.graph)
+        with saved_values_chooser(ours):
+            return cut(module), rewritten
+
+    trial, rewritten = rewrite_and_cut(frozenset(), None)
+    skip = {r.site for r in rewritten if not _pays(r, trial)}
+    skip |= _classes_that_do_not_pay(rewritten, skip, rewrite_and_cut)
+    partitions["lowmem"], _ = rewrite_and_cut(frozenset(skip), recorder)
+    run_saved_stage(partitions["lowmem"], ctx, recorder)
+    sizes = {name: p.saved_bytes() for name, p in partitions.items()}
+    chosen = min(sizes, key=lambda name: sizes[name])
+    log.info("saved for backward: %s; compiled: %s", sizes, chosen)
+    return Candidates(partitions, chosen, recorder)
+
+
+def _pays(rewrite: Rewrite, trial: Partition) -> bool:
+    """Whether the tensors a rewrite was to free are gone from the saved set."""
+    kept = {n.name for n in trial.kept()} | {storage_root(n).name for n in trial.saved_nodes()}
+    return not rewrite.displaced & kept
+
+
+def _classes_that_do_not_pay(rewritten: list[Rewrite], skip: set[str], rewrite_and_cut: Any) -> set[str]:
+    """Leave out each class of alike sites in turn; a class without which no more bytes are saved is dropped."""
+    classes: dict[Any, set[str]] = {}
+    for rewrite in rewritten:
+        if rewrite.site not in skip:
+            classes.setdefault(rewrite.alike, set()).add(rewrite.site)
+    dropped: set[str] = set()
+    if not classes:
+        return dropped
+    best = rewrite_and_cut(frozenset(skip), None)[0].saved_bytes()
+    for names in classes.values():
+        without = rewrite_and_cut(frozenset(skip | dropped | names), None)[0].saved_bytes()
+        if without <= best:
+            dropped |= names
+            best = without
+    return dropped
+
+
+def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> None:
+    """Run the passes over the tensors that cross from forward to backward."""
+    saved = partition.saved_nodes()
+    inputs = placeholders(partition.backward.graph)
+    by_name = {n.name: n for n in inputs if not is_tangent(n)}
+    facts = {
+        "saved": saved,
+        "user_outputs": partition.user_outputs(),
+        "num_user_outputs": partition.num_user_outputs,
+        "backward": partition.backward.graph,
+        "placeholder_of": {n: by_name[n.name] for n in saved if n.name in by_name},
+    }
+    run_stage(Stage.SAVED, partition.forward, replace(ctx, facts={**ctx.facts, **facts}), recorder)
+    partition.forward.recompile()
+    partition.backward.recompile()

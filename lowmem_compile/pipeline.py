@@ -1,0 +1,211 @@
+"""The pipeline: one literal list of passes, and the runner that knows none of them by name."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import fx
+
+from lowmem_compile._torch import GraphTransformObserver, trace_structured
+from lowmem_compile.contract import Context, Decline, JointPass, Match, Pass, Rewrite, Stage
+from lowmem_compile.errors import PassError
+from lowmem_compile.graph import module_path, source_line
+from lowmem_compile.passes.approximate_activation import ApproximateActivation
+from lowmem_compile.passes.norm_from_output import NormFromOutput
+from lowmem_compile.passes.pack_masks import PackMasks
+from lowmem_compile.passes.recognise_activation import RecogniseActivation
+from lowmem_compile.passes.recognise_norm import RecogniseNorm
+from lowmem_compile.report.model import PassRun, Site
+
+log = logging.getLogger(__name__)
+
+PASSES: tuple[Pass, ...] = (
+    RecogniseActivation(),
+    RecogniseNorm(),
+    NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
+    ApproximateActivation(),
+    PackMasks(),
+)
+
+
+def pass_names() -> list[str]:
+    """Names of all passes, in the order in which they run."""
+    return [p.name for p in PASSES]
+
+
+def passes_of(stage: Stage) -> list[Pass]:
+    """The passes of one stage, in order."""
+    return [p for p in PASSES if p.stage is stage]
+
+
+@dataclass
+class Recorder:
+    """What happened to one graph: sites, passes, dumped files. Filled while the graph is compiled."""
+
+    graph_id: str = "graph"
+    dump_dir: Path | None = None
+    sites: list[Site] = field(default_factory=list)
+    runs: list[PassRun] = field(default_factory=list)
+    dumped: int = 0
+
+    def dump(self, label: str, gm: fx.GraphModule) -> None:
+        """Write a numbered graph as readable Python, and hand it to structured tracing."""
+
+        def text() -> str:
+            return str(gm.print_readable(print_output=False, include_stride=True, include_device=True))
+
+        name = f"{self.dumped:02d}_{label}"
+        self.dumped += 1
+        trace_structured(
+            "artifact", metadata_fn=lambda: {"name": f"lowmem_{self.graph_id}_{name}", "encoding": "string"}, payload_fn=text
+        )
+        if self.dump_dir is not None:
+            self.dump_dir.mkdir(parents=True, exist_ok=True)
+            (self.dump_dir / f"{name}.py").write_text(text(), encoding="utf-8")
+
+
+def run_stage(stage: Stage, gm: fx.GraphModule, ctx: Context, recorder: Recorder | None) -> list[Rewrite]:
+    """Run the passes of a stage over ``gm`` in place; returns the rewritten matches.
+
+    A pass that throws leaves the graph as it was before that pass: one warning names the pass and the dump
+    (``strict=True`` raises :class:`PassError`).
+    """
+    rewritten: list[Rewrite] = []
+    for p in passes_of(stage):
+        if p.name in ctx.options.disable:
+            continue
+        rewritten += run_pass(p, gm, ctx, recorder)
+    return rewritten
+
+
+def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | None) -> list[Rewrite]:
+    """Run one pass under Inductor's observer (timing, off switch, bisecting), with checks and dumps."""
+    start = time.perf_counter()
+    backup: fx.Graph | None = None
+    before = op_counts(gm.graph)
+    sites: list[Site] = []
+    done: list[Rewrite] = []
+    matches: list[Match] = []
+
+    def body(graph: fx.Graph) -> None:
+        nonlocal backup
+        matches.extend(p.find(graph, ctx))
+        for match in matches:
+            decline = p.check(match, ctx)
+            if decline is None and match.node.name in ctx.skip:
+                decline = Decline("LM300", "the partitioner would not keep fewer bytes with this rewrite")
+            if decline is not None:
+                sites.append(site_of(p, match, decline))
+                continue
+            if backup is None:
+                backup = copy_graph(graph)
+            sites.append(site_of(p, match, None))
+            done.append(rewrite_of(p, match))
+            p.rewrite(graph, match, ctx)
+        if done:
+            check_graph(gm, ctx.options.check)
+
+    try:
+        GraphTransformObserver(gm, f"lowmem_{p.name}").apply_graph_pass(body)
+    except Exception as error:  # noqa: BLE001
+        where = recorder.dump_dir if recorder is not None and recorder.dump_dir is not None else "set options['dump'] to keep the graphs"
+        message = (
+            f"lowmem: pass {p.name!r} failed and was left out of this graph ({type(error).__name__}: {error}). "
+            f"Graphs: {where}. Turn it off with options={{'disable': ['{p.name}']}}; options={{'strict': True}} raises."
+        )
+        if ctx.options.strict:
+            raise PassError(message) from error
+        if backup is not None:
+            gm.graph = backup
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        log.warning(message, exc_info=True)
+        sites = [replace(site_of(p, m, Decline("LM900", f"{type(error).__name__}: {error}")), action="failed") for m in matches]
+        done = []
+    if recorder is not None:
+        gm.recompile()
+        recorder.sites += sites
+        after = op_counts(gm.graph)
+        recorder.runs.append(
+            PassRun(
+                name=p.name,
+                stage=p.stage.value,
+                numerics=p.numerics.value,
+                seconds=time.perf_counter() - start,
+                matched=len(matches),
+                rewritten=len(done),
+                declined=len(matches) - len(done),
+                ops_before=sum(before.values()),
+                ops_after=sum(after.values()),
+            )
+        )
+        log.info("%s: %d matched, %d rewritten; %s", p.name, len(matches), len(done), op_difference(before, after))
+        if done:
+            recorder.dump(f"after_{p.name}", gm)
+    return done
+
+
+def site_of(p: Pass, match: Match, decline: Decline | None) -> Site:
+    """The report's line for a match."""
+    node = match.node
+    formula = p.bytes_saved(match) if decline is None else None
+    return Site(
+        pass_name=p.name,
+        module=module_path(node),
+        source=source_line(node),
+        action="rewritten" if decline is None else "declined",
+        code="LM100" if decline is None else decline.code,
+        reason="" if decline is None else decline.reason,
+        numerics=p.numerics.value,
+        bytes_before=int(formula) if formula is not None and formula.is_number else 0,
+        bytes_after=0,
+    )
+
+
+def rewrite_of(p: Pass, match: Match) -> Rewrite:
+    """What the partition has to know of a match, taken down before the rewrite changes the graph."""
+    if not isinstance(p, JointPass):
+        return Rewrite(p.name, match.node.name)
+    displaced = frozenset(n.name for n in p.displaced(match))
+    return Rewrite(p.name, match.node.name, displaced, p.site_class(match))
+
+
+def check_graph(gm: fx.GraphModule, level: str) -> None:
+    """Lint the graph and see that every computed node says what it computes; ``full`` also re-runs it with fake tensors."""
+    if level == "off":
+        return
+    gm.graph.lint()
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta and "example_value" not in node.meta:
+            target = getattr(node.target, "__module__", "")
+            if not target.startswith(("torch.amp", "torch._C", "torch.autograd", "_operator")):
+                raise AssertionError(f"{node.format_node()} has no value; a pass lost it")
+    if level == "full":
+        from lowmem_compile.verify import verify_values
+
+        verify_values(gm)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A deep copy that keeps the attributes Dynamo puts on placeholders."""
+    new = copy.deepcopy(graph)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        if hasattr(old_node, "_dynamo_source"):
+            new_node._dynamo_source = old_node._dynamo_source
+    return new
+
+
+def op_counts(graph: fx.Graph) -> Counter[str]:
+    """How often each operation occurs."""
+    return Counter(str(n.target) for n in graph.nodes if n.op.startswith("call_"))
+
+
+def op_difference(before: Counter[str], after: Counter[str]) -> str:
+    """One line: operations that came and went."""
+    diff = {k: after[k] - before[k] for k in sorted({*before, *after}) if after[k] != before[k]}
+    return ", ".join(f"{k} {v:+d}" for k, v in diff.items()) or "no change"

@@ -1,0 +1,1 @@
+"""Memory over time: what is alive when."""

@@ -1,0 +1,114 @@
+"""What eager PyTorch would save for the same graph, found by running it once with fake tensors.
+
+``torch.autograd.graph.saved_tensors_hooks`` sees every tensor that autograd packs; distinct storages are counted, without
+parameters, buffers and inputs. No memory is allocated and no kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lowmem_compile._torch import FakeTensor, FakeTensorMode
+from lowmem_compile.graph import concrete, module_path, source_line
+from lowmem_compile.report.model import SavedTensor, TimelinePoint
+
+
+def eager_memory(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[tuple[SavedTensor, ...], tuple[TimelinePoint, ...]]:
+    """Saved tensors and simulated timeline of running a Dynamo graph eagerly, forward and backward."""
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    values = [n.meta.get("example_value", e) for n, e in zip(nodes, example_inputs, strict=True)]
+    fake_mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    if fake_mode is None:
+        return (), ()
+    inputs: list[Any] = []
+    for value, given in zip(values, example_inputs, strict=True):
+        fresh = value
+        if isinstance(value, FakeTensor):
+            with fake_mode:
+                fresh = value.detach().clone() if not _overlapping(value) else value.detach()
+            fresh.requires_grad_(bool(getattr(given, "requires_grad", False)))
+        inputs.append(fresh)
+    run = _Recording(gm, fake_mode)
+    with fake_mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(run.pack, lambda t: t):
+        run.run(*inputs)
+    return tuple(run.rows), run.timeline()
+
+
+class _Recording(fx.Interpreter):
+    """Interpreter that knows which node is running when autograd packs a tensor."""
+
+    def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.fake_mode = fake_mode
+        self.current: fx.Node | None = None
+        self.inputs: set[int] = set()
+        self.seen: set[int] = set()
+        self.keep: list[torch.Tensor] = []
+        self.rows: list[SavedTensor] = []
+        self.steps: list[tuple[str, int, int]] = []
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return self.fake_mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        before = len(self.rows)
+        result = super().run_node(n)
+        if n.op in ("placeholder", "get_attr") and isinstance(result, torch.Tensor):
+            self.inputs.add(_storage(result))
+        elif isinstance(result, torch.Tensor):
+            saved = sum(r.nbytes for r in self.rows[before:])
+            self.steps.append((module_path(n) or n.name, saved, concrete(result.numel()) * result.element_size()))
+        return result
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = _storage(tensor)
+        node = self.current
+        if key not in self.inputs and key not in self.seen and node is not None:
+            self.seen.add(key)
+            self.keep.append(tensor)
+            statistic = tensor.dim() > 0 and tensor.shape[-1] == 1
+            kind = "mask" if tensor.dtype == torch.bool else "statistic" if statistic else "activation"
+            self.rows.append(
+                SavedTensor(
+                    name=node.name,
+                    op=str(getattr(node.target, "__name__", node.target)),
+                    shape=tuple(int(s) if isinstance(s, int) else str(s) for s in tensor.shape),
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    nbytes=_storage_bytes(tensor),
+                    module=module_path(node),
+                    source=source_line(node),
+                    kind=kind if tensor.dtype.is_floating_point or kind == "mask" else "index",  # type: ignore[arg-type]
+                    decision="exact",
+                )
+            )
+        return tensor
+
+    def timeline(self) -> tuple[TimelinePoint, ...]:
+        """Saved bytes so far plus the current output; backward mirrors forward, with two gradients of the output alive."""
+        points: list[TimelinePoint] = []
+        total = 0
+        for label, saved, out in self.steps:
+            total += saved
+            points.append(TimelinePoint(label, "forward", total + out))
+        for label, saved, out in reversed(self.steps):
+            points.append(TimelinePoint(label, "backward", total + 2 * out))
+            total -= saved
+        return tuple(points)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _storage_bytes(tensor: torch.Tensor) -> int:
+    return concrete(tensor.untyped_storage().nbytes())
+
+
+def _overlapping(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 for stride in tensor.stride() if isinstance(stride, int))

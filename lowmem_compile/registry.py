@@ -1,0 +1,166 @@
+"""The graphs lowmem compiled in this process, and what is known of each: the source of :func:`lowmem_compile.report`.
+
+When Inductor's caches answer, none of our passes run; the report of the compile that filled the cache is then read from a
+JSON file beside Inductor's cache, keyed by the graph and everything that decides the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from lowmem_compile._torch import functorch_config, inductor_cache_dir
+from lowmem_compile.options import Options
+from lowmem_compile.pipeline import Recorder
+from lowmem_compile.planner.timeline import simulate
+from lowmem_compile.report.model import GraphReport, SavedTensor, TimelinePoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """One compiled graph."""
+
+    graph_id: str
+    key: str
+    options: Options
+    recorder: Recorder
+    training: bool
+    parameters: list[weakref.ref[torch.Tensor]]
+    frames: set[tuple[str, str]]
+    eager: tuple[tuple[SavedTensor, ...], tuple[TimelinePoint, ...]] = ((), ())
+    graph_report: GraphReport | None = None
+    chosen: str = ""
+    before_call: list[Callable[[], None]] = field(default_factory=list)
+
+    def partitioned(self, candidates: Any) -> None:
+        """Called by the partitioner: keep the report, and write it beside the cache."""
+        self.chosen = candidates.chosen
+        if not self.options.report:
+            return
+        partitions = dict(candidates.partitions)
+        partitions["lowmem"] = partitions[candidates.chosen]
+        saved = {name: p.saved_tensors() for name, p in partitions.items()}
+        timelines = {name: simulate(p) for name, p in partitions.items()}
+        if self.eager[0]:
+            saved["eager"], timelines["eager"] = self.eager
+        dump = self.recorder.dump_dir
+        self.graph_report = GraphReport(
+            graph_id=self.graph_id,
+            mode="training",
+            sites=tuple(self.recorder.sites),
+            saved=saved,
+            timelines=timelines,
+            passes=tuple(self.recorder.runs),
+            dump_dir=None if dump is None else str(dump),
+            from_cache=False,
+        )
+        path = self.sidecar()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.graph_report.to_json()), encoding="utf-8")
+
+    def report(self) -> GraphReport:
+        """The report of this graph; from the file beside the cache if the compile was a cache hit."""
+        if self.graph_report is None and self.training and self.sidecar().exists():
+            loaded = GraphReport.from_json(json.loads(self.sidecar().read_text(encoding="utf-8")))
+            self.graph_report = replace(loaded, graph_id=self.graph_id, from_cache=True)
+        if self.graph_report is None:
+            return GraphReport(
+                graph_id=self.graph_id,
+                mode="training" if self.training else "inference",
+                sites=tuple(self.recorder.sites),
+                passes=tuple(self.recorder.runs),
+                from_cache=self.training,
+            )
+        return self.graph_report
+
+    def sidecar(self) -> Path:
+        """The JSON file of this graph's report."""
+        return inductor_cache_dir() / "lowmem" / f"{self.key}.json"
+
+    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Run what has to happen before every call (folded weights kept up to date)."""
+        if not self.before_call:
+            return compiled
+
+        def call(*args: Any) -> Any:
+            for action in self.before_call:
+                action()
+            return compiled(*args)
+
+        if hasattr(compiled, "_boxed_call"):
+            raise AssertionError("a boxed callable cannot be wrapped")
+        return call
+
+    def belongs_to(self, tensors: set[int], frames: set[tuple[str, str]]) -> bool:
+        """Whether this graph reads one of the tensors or was traced from one of the frames."""
+        mine = {id(t) for r in self.parameters if (t := r()) is not None}
+        return bool(mine & tensors) or bool(self.frames & frames)
+
+
+ENTRIES: list[Entry] = []
+
+
+def register(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, identity: str) -> Entry:
+    """A new entry for the graph that is about to be compiled."""
+    from lowmem_compile.backend import dump_folder
+
+    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    folder = dump_folder(options)
+    graph_id = f"graph_{len(ENTRIES)}"
+    entry = Entry(
+        graph_id=graph_id,
+        key=graph_key(gm, tensors, identity),
+        options=options,
+        recorder=Recorder(graph_id, None if folder is None else folder / graph_id),
+        training=training,
+        parameters=[weakref.ref(t) for t in tensors if isinstance(t, torch.nn.Parameter)],
+        frames=frames_of(gm.graph),
+    )
+    if training and options.report:
+        from lowmem_compile.planner.eager import eager_memory
+
+        entry.eager = eager_memory(gm, example_inputs)
+    ENTRIES.append(entry)
+    return entry
+
+
+def graph_key(gm: fx.GraphModule, tensors: Sequence[torch.Tensor], identity: str) -> str:
+    """Hash of the graph, its inputs, the ambient state and our identity."""
+    inputs = [(tuple(map(str, t.shape)), str(t.dtype), t.requires_grad, str(t.device)) for t in tensors]
+    state = (
+        torch.is_autocast_enabled("cpu"),
+        str(torch.get_autocast_dtype("cpu")),
+        torch.is_autocast_enabled("cuda"),
+        str(torch.get_autocast_dtype("cuda")),
+        functorch_config.activation_memory_budget,
+    )
+    return hashlib.sha256(repr((gm.code, inputs, state, identity)).encode()).hexdigest()
+
+
+_FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
+
+
+def frames_of(graph: fx.Graph) -> set[tuple[str, str]]:
+    """(file, function) of every user frame in the graph."""
+    found: set[tuple[str, str]] = set()
+    for node in graph.nodes:
+        found.update(_FRAME.findall(node.meta.get("stack_trace") or ""))
+    return found
+
+
+def reset() -> None:
+    """Forget everything; called by ``torch._dynamo.reset()``."""
+    ENTRIES.clear()
