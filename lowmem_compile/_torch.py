@@ -28,7 +28,7 @@ from torch._functorch.partitioners import (
     solve_min_cut,
 )
 from torch._guards import detect_fake_mode
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -170,3 +170,31 @@ def dry_run(model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[st
     torch._dynamo.reset_code_caches()
     with torch.enable_grad():
         torch.compile(model, backend=backend)(*inputs, **kwargs)
+
+
+def own_inductor(observe: Callable[[], None] | None = None) -> Callable[..., Any]:
+    """A new backend object that compiles with Inductor; ``observe`` is called when it compiles a graph, backward too."""
+
+    def inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if observe is not None:
+            observe()
+        return compile_fx_inner(gm, example_inputs, **kwargs)
+
+    def own(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        return compile_fx(gm, example_inputs, inner_compile=inner)
+
+    return own
+
+
+def many_variants() -> contextlib.AbstractContextManager[Any]:
+    """Let one model be compiled by many backends, without Dynamo's falling back to eager at its recompile limit."""
+    config: Any = torch._dynamo.config
+    patch: contextlib.AbstractContextManager[Any] = config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    return patch
+
+
+@contextlib.contextmanager
+def without_graph_caches() -> Iterator[None]:
+    """Compile every graph anew. Compiled C++ is still taken from the disk, unlike with ``force_disable_caches``."""
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield

@@ -59,7 +59,7 @@ def lowmem(
     entry = register(gm, example_inputs, settings, identity(settings))
     recorder = entry.recorder
     device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
-    ctx = Context(options=settings, device=device, facts={"autocast": autocast_dtypes(gm.graph, device)})
+    ctx = Context(options=settings, device=device, facts={"autocast": autocast_dtypes(gm.graph, device), "training": entry.training})
     recorder.dump("dynamo", gm)
     run_stage(Stage.DYNAMO, gm, ctx, recorder)
     gm.recompile()

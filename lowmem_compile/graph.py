@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lowmem_compile._torch import detect_fake_mode, op_types, optimization_hint
+from lowmem_compile._torch import FakeTensor, detect_fake_mode, op_types, optimization_hint
 
 aten = torch.ops.aten
 
@@ -234,3 +235,15 @@ def decompose(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], decomposit
     backward = node.meta.get("partitioner_tag") == "is_backward"
     new = splice(graph, node, with_tensors, inputs, like=node, decompositions=decompositions, backward=backward)
     replace_and_erase(graph, node, new)
+
+
+def emit(graph: fx.Graph, target: Any, args: tuple[Any, ...], *, like: fx.Node) -> fx.Node:
+    """Add a call to a torch-IR graph, with the fake value it computes; a string is a method name."""
+    node = graph.call_method(target, args) if isinstance(target, str) else graph.call_function(target, args)
+    values = fx.map_arg(args, lambda n: n.meta["example_value"])
+    tensors = [v for v in values if isinstance(v, FakeTensor)]
+    mode = tensors[0].fake_mode if tensors else contextlib.nullcontext()
+    with mode, torch.no_grad():
+        value = getattr(values[0], target)(*values[1:]) if isinstance(target, str) else target(*values)
+    node.meta = {**like.meta, "example_value": value}
+    return node

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,17 +82,21 @@ def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorde
 
     ours = functools.partial(choose_saved, pointwise=ctx.options.recompute == "pointwise")
 
-    def rewrite_and_cut(skip: frozenset[str], record: Recorder | None) -> tuple[Partition, list[Rewrite]]:
+    @functools.cache
+    def rewrite_and_cut(skip: frozenset[str]) -> tuple[Partition, list[Rewrite], Recorder]:
         module = copy_module(gm)
+        record = Recorder(recorder.graph_id, recorder.dump_dir, dumped=recorder.dumped)
+        record.pending = []
         rewritten = run_stage(Stage.JOINT, module, replace(ctx, skip=skip), record)
         expand(module.graph)
         with saved_values_chooser(ours):
-            return cut(module), rewritten
+            return cut(module), rewritten, record
 
-    trial, rewritten = rewrite_and_cut(frozenset(), None)
+    trial, rewritten, _ = rewrite_and_cut(frozenset())
     skip = {r.site for r in rewritten if not _pays(r, trial)}
-    skip |= _classes_that_do_not_pay(rewritten, skip, rewrite_and_cut)
-    partitions["lowmem"], _ = rewrite_and_cut(frozenset(skip), recorder)
+    skip |= _classes_that_do_not_pay(rewritten, skip, lambda s: rewrite_and_cut(s)[0].saved_bytes())
+    partitions["lowmem"], _, record = rewrite_and_cut(frozenset(skip))
+    recorder.adopt(record)
     run_saved_stage(partitions["lowmem"], ctx, recorder)
     sizes = {name: p.saved_bytes() for name, p in partitions.items()}
     chosen = min(sizes, key=lambda name: sizes[name])
@@ -106,7 +110,7 @@ def _pays(rewrite: Rewrite, trial: Partition) -> bool:
     return not rewrite.displaced & kept
 
 
-def _classes_that_do_not_pay(rewritten: list[Rewrite], skip: set[str], rewrite_and_cut: Any) -> set[str]:
+def _classes_that_do_not_pay(rewritten: list[Rewrite], skip: set[str], bytes_without: Callable[[frozenset[str]], int]) -> set[str]:
     """Leave out each class of alike sites in turn; a class without which no more bytes are saved is dropped."""
     classes: dict[Any, set[str]] = {}
     for rewrite in rewritten:
@@ -115,9 +119,9 @@ def _classes_that_do_not_pay(rewritten: list[Rewrite], skip: set[str], rewrite_a
     dropped: set[str] = set()
     if not classes:
         return dropped
-    best = rewrite_and_cut(frozenset(skip), None)[0].saved_bytes()
+    best = bytes_without(frozenset(skip))
     for names in classes.values():
-        without = rewrite_and_cut(frozenset(skip | dropped | names), None)[0].saved_bytes()
+        without = bytes_without(frozenset(skip | dropped | names))
         if without <= best:
             dropped |= names
             best = without

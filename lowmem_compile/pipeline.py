@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lowmem_compile.contract import Context, Decline, JointPass, Match, Pass, Re
 from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
+from lowmem_compile.passes.chunk_loss import ChunkLoss
 from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.recognise_activation import RecogniseActivation
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 PASSES: tuple[Pass, ...] = (
     RecogniseActivation(),
     RecogniseNorm(),
+    ChunkLoss(),
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
     PackMasks(),
@@ -53,6 +56,15 @@ class Recorder:
     sites: list[Site] = field(default_factory=list)
     runs: list[PassRun] = field(default_factory=list)
     dumped: int = 0
+    pending: list[tuple[str, str]] | None = None
+    """Dumps held back until a trial is adopted; ``None`` writes at once."""
+
+    def adopt(self, trial: Recorder) -> None:
+        """Take over what a trial run recorded, and write its dumps."""
+        self.sites += trial.sites
+        self.runs += trial.runs
+        for label, text in trial.pending or ():
+            self._write(label, lambda text=text: text)  # type: ignore[misc]
 
     def dump(self, label: str, gm: fx.GraphModule) -> None:
         """Write a numbered graph as readable Python, and hand it to structured tracing."""
@@ -60,6 +72,13 @@ class Recorder:
         def text() -> str:
             return str(gm.print_readable(print_output=False, include_stride=True, include_device=True))
 
+        if self.pending is not None:
+            if self.dump_dir is not None:
+                self.pending.append((label, text()))
+        else:
+            self._write(label, text)
+
+    def _write(self, label: str, text: Callable[[], str]) -> None:
         name = f"{self.dumped:02d}_{label}"
         self.dumped += 1
         trace_structured(

@@ -66,6 +66,8 @@ class RecogniseNorm:
 
     def check(self, match: Match, ctx: Context) -> Decline | None:
         norm: Norm = match.info
+        if not ctx.facts.get("training", True):
+            return Decline("LM303", "no gradient flows through this norm")
         x, y = tensor_of(norm.x), tensor_of(match.node)
         if x is None or y is None or not x.dtype.is_floating_point:
             return Decline("LM203", "the input of the norm is not a floating-point tensor")
@@ -99,8 +101,9 @@ class RecogniseNorm:
 
         wide = torch.float64 if norm.x.meta["example_value"].dtype == torch.float64 else torch.float32
         with graph.inserting_before(root):
-            both = graph.call_function(torch.ops.lowmem.normalize.default, (norm.x, norm.ndim, norm.eps, norm.center))
-            both.meta = {k: v for k, v in root.meta.items() if k != "example_value"}
+            both = graph.call_function(normalize._opoverload, (norm.x, norm.ndim, norm.eps, norm.center))
+            value = y.to(wide)
+            both.meta = {**root.meta, "example_value": (value, value[(..., *([slice(0, 1)] * norm.ndim))])}
             out = call(operator.getitem, both, 0, dtype=wide)
             if norm.weight is not None:
                 out = call(torch.mul, out, norm.weight, dtype=wide)
@@ -216,5 +219,3 @@ def _inputs(first: fx.Node) -> list[fx.Node]:
             break
     return found[::-1]
 
-
-assert normalize is not None  # registers torch.ops.lowmem.normalize

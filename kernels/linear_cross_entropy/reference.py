@@ -1,0 +1,25 @@
+"""The definition of linear + cross-entropy with gradients, in plain PyTorch, whole logits at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+
+def linear_cross_entropy_reference(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Sum of the cross-entropies of ``h @ weight.T + bias`` over the rows whose target is not ``ignore_index``.
+
+    Shapes: h [N, D], weight [V, D], bias [V] or None, target int64 [N]; result float32 (float64 for float64) scalar.
+    """
+    logits = F.linear(h, weight, bias)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return F.cross_entropy(
+        logits.to(wide), target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )

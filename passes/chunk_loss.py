@@ -1,0 +1,159 @@
+"""Linear + cross-entropy over a large vocabulary, computed in chunks: logits are neither saved nor ever whole.
+
+    before   logits = linear(h, W);  loss = cross_entropy(logits.float().view(-1, V), target)        saves logits: N·V
+    after    total, ... = lowmem.linear_cross_entropy(h.view(-1, D), W, target);  loss = total / count
+             saves ∂L/∂h: N·D, and ∂L/∂W: V·D if W is trained
+
+Between the linear and the loss, casts, views, ``contiguous`` and slices of leading dimensions may stand (the shift of a language
+model); they are replayed on h. ``ignore_index``, label smoothing and the reductions mean and sum are supported.
+Bytes saved: (N·V − N·D − [W trained] V·D)·itemsize; declined where that is not positive (LM306), where the logits are used for
+anything else, returned to the caller for instance (LM207), or the loss has class weights or soft targets (LM208).
+Numerics class: REASSOCIATED (see ``kernels/linear_cross_entropy``).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx
+
+from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.graph import emit, sympy_numel, tensor_of
+from lowmem_compile.kernels.linear_cross_entropy import linear_cross_entropy
+
+LINEARS = (F.linear, torch._C._nn.linear)
+CASTS = {"float", "to", "type"}
+SHAPES = {"view", "reshape", "contiguous"}
+ARGUMENTS = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classification head and its loss."""
+
+    linear: fx.Node
+    chain: tuple[fx.Node, ...]
+    """Nodes from the linear (excluded) to the loss (excluded)."""
+    target: fx.Node
+    given: dict[str, Any]
+
+
+class ChunkLoss:
+    """Replace linear + cross-entropy by the chunked operation."""
+
+    name = "chunk_loss"
+    stage = Stage.DYNAMO
+    numerics = Numerics.REASSOCIATED
+
+    def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:  # noqa: ARG002
+        found = []
+        for node in graph.nodes:
+            if node.op != "call_function" or node.target is not F.cross_entropy:
+                continue
+            given = {**dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}
+            head = _head(given)
+            if head is not None:
+                found.append(Match(node, head))
+        return found
+
+    def check(self, match: Match, ctx: Context) -> Decline | None:
+        head: Head = match.info
+        if ctx.options.chunked_loss == "never":
+            return Decline("LM200", "options['chunked_loss'] is 'never'")
+        if not ctx.facts.get("training", True):
+            return Decline("LM303", "no gradient flows through this loss")
+        for node in (head.linear, *head.chain):
+            if len(node.users) != 1:
+                return Decline("LM207", "the logits are also used elsewhere or returned to the caller")
+        weighted = head.given.get("weight") is not None
+        target = tensor_of(head.target)
+        if weighted or target is None or target.dtype != torch.int64 or head.given.get("reduction", "mean") == "none":
+            return Decline("LM208", "class weights, soft targets and reduction='none' are not supported")
+        logits, hidden = tensor_of(head.linear), tensor_of(head.linear.args[0])
+        if logits is None or hidden is None or logits.dtype == torch.float16:
+            return Decline("LM208", "float16 gradients of a whole batch may overflow")
+        if any(n.op == "call_function" and not _leading(n, logits.dim()) for n in head.chain):
+            return Decline("LM207", "the logits are sliced along the vocabulary")
+        saved = self.bytes_saved(match)
+        if saved.is_number and saved <= 0:
+            return Decline("LM306", f"∂L/∂W and ∂L/∂h are larger than the logits by {-int(saved)} bytes")
+        return None
+
+    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
+        head: Head = match.info
+        root = match.node
+        h, weight = head.linear.args[0], head.linear.args[1]
+        bias = head.linear.args[2] if len(head.linear.args) > 2 else head.linear.kwargs.get("bias")
+        dtype = ctx.facts.get("autocast", {}).get(head.linear, tensor_of(h).dtype)
+        vocabulary, width = tensor_of(weight).shape
+        with graph.inserting_before(root):
+
+            def cast(node: fx.Node | None) -> fx.Node | None:
+                if node is None or tensor_of(node).dtype == dtype:
+                    return node
+                return emit(graph, "to", (node, dtype), like=head.linear)
+
+            h = cast(h)
+            for step in head.chain:
+                if step.op == "call_function":
+                    h = emit(graph, operator.getitem, (h, step.args[1]), like=step)
+                elif step.target in SHAPES and step.target != "contiguous":
+                    sizes = step.args[1:] if not isinstance(step.args[1], (tuple, list)) else tuple(step.args[1])
+                    h = emit(graph, "reshape", (h, *sizes[:-1], width), like=step)
+            h = emit(graph, "reshape", (h, -1, width), like=head.linear)
+            target = emit(graph, "reshape", (head.target, -1), like=root)
+            ignore = head.given.get("ignore_index", -100)
+            want = bool(tensor_of(weight).requires_grad)
+            args = (h, cast(weight), cast(bias), target, ignore, float(head.given.get("label_smoothing", 0.0)), want)
+            both = emit(graph, linear_cross_entropy._opoverload, args, like=head.linear)
+            loss = emit(graph, operator.getitem, (both, 0), like=head.linear)
+            if head.given.get("reduction", "mean") == "mean":
+                valid = emit(graph, torch.ne, (target, ignore), like=root)
+                loss = emit(graph, torch.div, (loss, emit(graph, "sum", (valid,), like=root)), like=root)
+            if tensor_of(root).dtype != tensor_of(loss).dtype:
+                loss = emit(graph, "to", (loss, tensor_of(root).dtype), like=root)
+        root.replace_all_uses_with(loss)
+        for node in (root, *reversed(head.chain), head.linear):
+            graph.erase_node(node)
+
+    def bytes_saved(self, match: Match) -> sympy.Expr:
+        head: Head = match.info
+        logits, hidden = tensor_of(head.linear), tensor_of(head.linear.args[0])
+        weight = tensor_of(head.linear.args[1])
+        if logits is None or hidden is None or weight is None:
+            return sympy.Integer(0)
+        kept = sympy_numel(hidden) + (sympy_numel(weight) if weight.requires_grad else 0)
+        return (sympy_numel(logits) - kept) * logits.element_size()
+
+
+def _head(given: dict[str, Any]) -> Head | None:
+    node, target = given.get("input"), given.get("target")
+    chain: list[fx.Node] = []
+    while isinstance(node, fx.Node) and isinstance(target, fx.Node):
+        if node.op == "call_function" and node.target in LINEARS:
+            return Head(node, tuple(reversed(chain)), target, given)
+        step = (node.op == "call_method" and node.target in CASTS | SHAPES) or node.target is operator.getitem
+        if not step:
+            return None
+        chain.append(node)
+        node = node.args[0]
+    return None
+
+
+def _leading(node: fx.Node, dims: int) -> bool:
+    """True for an index that slices leading dimensions only."""
+    index = node.args[1]
+    index = index if isinstance(index, tuple) else (index,)
+    if any(not isinstance(i, slice) and i is not Ellipsis for i in index):
+        return False
+    whole = slice(None, None, None)
+    if Ellipsis in index:
+        position = index.index(Ellipsis)
+        return len(index) - position == 1 or index[-1] == whole
+    return len(index) < dims or index[-1] == whole
+
