@@ -1,0 +1,183 @@
+"""The reason codes: what each means and what a user can do about it.
+
+A code never changes its meaning and is never used again; a code no longer issued stays in the table, so that
+old reports can be read. The hundreds digit is the family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+
+class Reason(NamedTuple):
+    """What a code means: a title, one sentence, and the way out (empty where none is needed)."""
+
+    title: str
+    explanation: str
+    way_out: str
+
+
+FAMILIES: Final[Mapping[str, str]] = {
+    "LM1": "rewritten",
+    "LM2": "declined: the rewrite is not possible or not allowed here",
+    "LM3": "declined: the rewrite would not save bytes",
+    "LM9": "failed: the graph was compiled without this pass",
+}
+
+REASONS: Final[Mapping[str, Reason]] = {
+    "LM100": Reason(
+        "Rewritten",
+        "The place was rewritten.",
+        "",
+    ),
+    "LM200": Reason(
+        "Switched off by an option",
+        "The options in force keep this pass from rewriting anything.",
+        "Leave the option named in the reason at its default.",
+    ),
+    "LM201": Reason(
+        "Approximate gradients are switched off",
+        "The rewrite would change gradients slightly, and the options in force ask for exact ones.",
+        "Compile with options={'gradients': 'approximate'}.",
+    ),
+    "LM202": Reason(
+        "No step table for this activation",
+        "The slope of this activation, with these arguments, is in no table of the project.",
+        "Use GELU or SiLU where the model allows it.",
+    ),
+    "LM203": Reason(
+        "Input of an unsupported kind",
+        "The rewrite is defined for floating-point tensors of certain dtypes, and this input is something "
+        "else.",
+        "Run this part of the model in float32, bfloat16 or float16.",
+    ),
+    "LM204": Reason(
+        "Output of the norm is not read in a narrow dtype",
+        "The rewrite needs every matrix product that reads the norm to read it in one and the same 2-byte "
+        "dtype.",
+        "Train under autocast to bfloat16 or float16.",
+    ),
+    "LM205": Reason(
+        "dtype or shape changes inside",
+        "The operations compute or return another dtype or shape than that of their input, which the "
+        "library's operation would not.",
+        "",
+    ),
+    "LM206": Reason(
+        "An intermediate value is read elsewhere",
+        "Another operation reads a value that the rewrite would remove.",
+        "",
+    ),
+    "LM207": Reason(
+        "Logits are needed as they are",
+        "The logits are returned, read elsewhere or cut along the vocabulary, so they have to exist whole.",
+        "Let the model return the loss alone while training.",
+    ),
+    "LM208": Reason(
+        "This form of the loss is not supported",
+        "The loss has arguments or a dtype for which there is no computation in chunks.",
+        "Use class indices, the reduction mean or sum, no class weights, and bfloat16 or float32.",
+    ),
+    "LM300": Reason(
+        "No fewer bytes in the end",
+        "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",
+        "",
+    ),
+    "LM301": Reason(
+        "Computing it again is as small",
+        "The backward pass can compute the value again from something that takes no more bytes, and exactly.",
+        "",
+    ),
+    "LM302": Reason(
+        "Alive anyway",
+        "The value is an input or an output of the graph, so it stays in memory whatever the backward pass "
+        "keeps.",
+        "",
+    ),
+    "LM303": Reason(
+        "No gradient flows here",
+        "The backward pass does not go through this operation, so it keeps nothing for it.",
+        "",
+    ),
+    "LM304": Reason(
+        "No linear layer reads it",
+        "The rewrite pays where a linear layer and the norm share one kept value, and no linear layer reads"
+        " this norm.",
+        "",
+    ),
+    "LM305": Reason(
+        "Too small to matter",
+        "The tensor has so few bytes that the extra work would not pay.",
+        "",
+    ),
+    "LM306": Reason(
+        "Gradients would be larger than the logits",
+        "In place of the logits the rewrite keeps gradients, and for these shapes they take more bytes.",
+        "",
+    ),
+    "LM900": Reason(
+        "The pass raised an error",
+        "The pass stopped with an error, its changes to this graph were dropped, and the graph was compiled"
+        " without it.",
+        "Please report it with the graph dump (options={'dump': 'folder'}); options={'strict': True} raises"
+        " the error.",
+    ),
+}
+
+REWRITES: Final[Mapping[str, Reason]] = {
+    "recognise_activation": Reason(
+        "Activation written by hand recognised",
+        "The operations that spell out an activation became the library's own operation, which keeps its "
+        "input alone.",
+        "",
+    ),
+    "recognise_norm": Reason(
+        "Norm recognised",
+        "The norm became one operation whose backward pass can work from its output.",
+        "",
+    ),
+    "norm_from_output": Reason(
+        "Norm kept once, as its output",
+        "The normalised output is kept in the compute dtype and serves the norm and every linear layer that"
+        " reads it, in place of the wider input.",
+        "",
+    ),
+    "approximate_activation": Reason(
+        "Activation input kept as 2-bit codes",
+        "The backward pass reads the slope of the activation from a code of four levels in place of the "
+        "full input.",
+        "",
+    ),
+    "chunk_loss": Reason(
+        "Loss computed in chunks",
+        "The last linear layer and the loss run over a part of the batch at a time, so the logits are never "
+        "whole and not kept.",
+        "",
+    ),
+    "pack_masks": Reason(
+        "Mask packed to one bit per element",
+        "A mask holds only true or false, and it is kept as one bit per element in place of eight.",
+        "",
+    ),
+}
+"""What LM100 means for each pass."""
+
+_CODE = re.compile(r"LM[1-9]\d\d", re.ASCII)
+
+
+def explain_code(code: str, pass_name: str = "") -> Reason:
+    """Return the meaning of `code`; for one this version does not know, what its family says.
+
+    A generic code (LM100) is explained by the words of the pass that issued it.
+    """
+    if code == "LM100" and pass_name in REWRITES:
+        return REWRITES[pass_name]
+    known = REASONS.get(code)
+    if known is not None:
+        return known
+    if _CODE.fullmatch(code) and code[:3] in FAMILIES:
+        family = FAMILIES[code[:3]]
+        return Reason(f"{family[0].upper()}{family[1:]}", "This version does not know the code.", "")
+    return Reason("Unknown reason", "This version does not know the code.", "")
