@@ -32,7 +32,7 @@ def report(compiled: Any = None) -> Report:
         )
     return Report(
         graphs=tuple(e.report() for e in entries),
-        options={k: repr(v) for k, v in vars(entries[-1].options).items()},
+        options=dict(vars(entries[-1].options)),
         versions={"torch": torch.__version__, "lowmem": _version()},
     )
 
@@ -60,7 +60,7 @@ def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] 
         raise ReportError("the call contains no tensor operation that torch.compile could capture")
     return Report(
         graphs=graphs,
-        options={k: repr(v) for k, v in vars(settings).items()},
+        options=dict(vars(settings)),
         versions={"torch": torch.__version__, "lowmem": _version()},
     )
 

@@ -99,7 +99,7 @@ class Pass(Protocol):
         """Change the graph. Called only after ``check`` allowed it; cannot fail."""
         ...
 
-    def bytes_saved(self, match: Match) -> sympy.Expr:
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
         """Bytes no longer saved for backward, as a formula in the shapes."""
         ...
 

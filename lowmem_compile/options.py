@@ -20,6 +20,7 @@ Table = Literal["derivative", "primitive"]
 Recompute = Literal["pointwise", "inductor"]
 Fold = Literal["auto", "always", "never"]
 Loss = Literal["auto", "never"]
+CodeBits = Literal[2, 4]
 Check = Literal["off", "lint", "full"]
 
 
@@ -31,7 +32,8 @@ class Options:
         gradients: ``"approximate"`` (default) allows passes whose gradient differs from the exact one where that saves
             bytes; ``"exact"`` uses only exact and reassociated passes.
         table: step table of approximate-BP activations: ``"derivative"`` (lower pointwise gradient error) or
-            ``"primitive"`` (ReGELU2/ReSiLU2, the published coefficients).
+            ``"primitive"`` (ReGELU2/ReSiLU2, the published coefficients, always 2 bits).
+        code_bits: bits a code of a ``"derivative"`` table takes: 4 (default) or 2.
         recompute: ``"pointwise"`` (default) lets the backward pass recompute pointwise operations, matmul inputs
             included; ``"inductor"`` keeps Inductor's own rule.
         fold_norm_affine: fold a norm's affine into the linears that read it: ``"auto"`` only where it lowers the
@@ -47,6 +49,7 @@ class Options:
 
     gradients: Gradients = "approximate"
     table: Table = "derivative"
+    code_bits: CodeBits = 4
     recompute: Recompute = "pointwise"
     fold_norm_affine: Fold = "auto"
     chunked_loss: Loss = "auto"
@@ -105,7 +108,7 @@ class Options:
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
     if get_origin(hint) is Literal:
-        if value not in get_args(hint) or not isinstance(value, str):
+        if value not in get_args(hint) or isinstance(value, bool):
             raise OptionError(f"options[{name!r}] must be one of {', '.join(map(repr, get_args(hint)))}, not {value!r}")
         return
     if name == "disable":

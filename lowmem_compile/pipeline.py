@@ -16,7 +16,7 @@ from torch import fx
 from lowmem_compile._torch import GraphTransformObserver, trace_structured
 from lowmem_compile.contract import Context, Decline, JointPass, Match, Pass, Rewrite, Stage
 from lowmem_compile.errors import PassError
-from lowmem_compile.graph import module_path, source_line
+from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
 from lowmem_compile.passes.norm_from_output import NormFromOutput
@@ -120,11 +120,11 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
             if decline is None and match.node.name in ctx.skip:
                 decline = Decline("LM300", "the partitioner would not keep fewer bytes with this rewrite")
             if decline is not None:
-                sites.append(site_of(p, match, decline))
+                sites.append(site_of(p, match, ctx, decline))
                 continue
             if backup is None:
                 backup = copy_graph(graph)
-            sites.append(site_of(p, match, None))
+            sites.append(site_of(p, match, ctx, None))
             done.append(rewrite_of(p, match))
             p.rewrite(graph, match, ctx)
         if done:
@@ -144,7 +144,7 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
             gm.graph = backup
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         log.warning(message, exc_info=True)
-        sites = [replace(site_of(p, m, Decline("LM900", f"{type(error).__name__}: {error}")), action="failed") for m in matches]
+        sites = [replace(site_of(p, m, ctx, Decline("LM900", f"{type(error).__name__}: {error}")), action="failed") for m in matches]
         done = []
     if recorder is not None:
         gm.recompile()
@@ -169,10 +169,10 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
     return done
 
 
-def site_of(p: Pass, match: Match, decline: Decline | None) -> Site:
+def site_of(p: Pass, match: Match, ctx: Context, decline: Decline | None) -> Site:
     """The report's line for a match."""
     node = match.node
-    formula = p.bytes_saved(match) if decline is None else None
+    before, after = site_bytes(p, match, ctx) if decline is None else (0, 0)
     return Site(
         pass_name=p.name,
         module=module_path(node),
@@ -181,9 +181,19 @@ def site_of(p: Pass, match: Match, decline: Decline | None) -> Site:
         code="LM100" if decline is None else decline.code,
         reason="" if decline is None else decline.reason,
         numerics=p.numerics.value,
-        bytes_before=int(formula) if formula is not None and formula.is_number else 0,
-        bytes_after=0,
+        bytes_before=before,
+        bytes_after=after,
     )
+
+
+def site_bytes(p: Pass, match: Match, ctx: Context) -> tuple[int, int]:
+    """What a place keeps for the backward pass before and after its rewrite (symbolic sizes: 0, 0)."""
+    saved = p.bytes_saved(match, ctx)
+    if not saved.is_number or saved <= 0:
+        return 0, 0
+    displaced = p.displaced(match) if isinstance(p, JointPass) else [match.node]
+    before = max([nbytes(n) for n in displaced] + [int(saved)])
+    return before, before - int(saved)
 
 
 def rewrite_of(p: Pass, match: Match) -> Rewrite:

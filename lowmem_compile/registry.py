@@ -7,7 +7,6 @@ JSON file beside Inductor's cache, keyed by the graph and everything that decide
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import weakref
@@ -68,12 +67,12 @@ class Entry:
         )
         path = self.sidecar()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.graph_report.to_json()), encoding="utf-8")
+        path.write_text(self.graph_report.to_json(), encoding="utf-8")
 
     def report(self) -> GraphReport:
         """The report of this graph; from the file beside the cache if the compile was a cache hit."""
         if self.graph_report is None and self.training and self.sidecar().exists():
-            loaded = GraphReport.from_json(json.loads(self.sidecar().read_text(encoding="utf-8")))
+            loaded = GraphReport.from_json(self.sidecar().read_text(encoding="utf-8"))
             self.graph_report = replace(loaded, graph_id=self.graph_id, from_cache=True)
         if self.graph_report is None:
             return GraphReport(
@@ -81,7 +80,7 @@ class Entry:
                 mode="training" if self.training else "inference",
                 sites=tuple(self.recorder.sites),
                 passes=tuple(self.recorder.runs),
-                from_cache=self.training,
+                from_cache=self.training and self.options.report and not self.chosen,
             )
         return self.graph_report
 

@@ -1,13 +1,14 @@
-"""Approximate-BP activations: save a 2-bit code per element instead of the activation's input.
+"""Approximate-BP activations: save a code of 2 or 4 bits per element instead of the activation's input.
 
     before   a = gelu(h);      dh = gelu_backward(g, h)                  saves h: bf16[N, D]
-    after    a = gelu(h);      c = pack(h > t0, t1, t2); p = sum(h·0)    saves c: u8[N·D/4], p: f32[N, 1]
+    after    a = gelu(h);      c = pack(#{t < h}); p = sum(h·0)          saves c: u8[N·D·bits/8], p: f32[N, 1]
              dh = g · level[unpack(c)] + p
 
-Forward: exact. Exact gradient: g·f'(h). Ours: g·s(h), s the step function of the table (``options["table"]``).
+Forward: exact. Exact gradient: g·f'(h). Ours: g·s(h), s the step function of the table
+(``options["table"]``: ``"derivative"`` with ``options["code_bits"]`` = 4 or 2; ``"primitive"`` is ReGELU2/ReSiLU2, 2 bits).
 p is 0 for finite rows and NaN for a row that holds a NaN or an Inf, so non-finite activations reach the gradient.
 
-Bytes saved: N·D·(itemsize − 1/4) − 4·N a site, and only where nothing else in the backward pass needs h. The pipeline asks the
+Bytes saved: N·D·(itemsize − bits/8) − 4·N a site, and only where nothing else in the backward pass needs h. The pipeline asks the
 partitioner for each site and undoes the ones that do not pay.
 Not matched: activations whose input is a graph input, integer or float64 tensors, activations without a table.
 Numerics class: APPROXIMATE. Source: LowMemoryBP (ICML 2024), eq. 13–16; FewBit (arXiv 2202.00441) for the derivative tables.
@@ -33,22 +34,30 @@ ACTIVATIONS = {
     aten.silu_backward.default: "silu",
     aten.mish_backward.default: "mish",
     aten.softplus_backward.default: "softplus",
+    aten.log_sigmoid_backward.default: "log_sigmoid",
 }
 
 
 def pack(h: torch.Tensor, thresholds: tuple[float, ...]) -> torch.Tensor:
-    """2-bit codes of h, four a byte, planar; u8[ceil(N/4)].
+    """Codes of h (2 bits for 3 thresholds, 4 for 15), planar; u8[ceil(N·bits/8)].
 
     One conversion to uint8 at the end: Inductor's C++ is 20–40 times slower on uint8 arithmetic.
     """
+    bits = (len(thresholds) + 1).bit_length() - 1
+    runs = 8 // bits
     flat = h.reshape(-1)
-    quarter = (flat.numel() + 3) // 4
-    pad = 4 * quarter - flat.numel()
+    length = (flat.numel() + runs - 1) // runs
+    pad = runs * length - flat.numel()
     if not (isinstance(pad, int) and pad == 0):
         flat = aten.constant_pad_nd(flat, [0, pad])
-    value = flat.view(4, quarter).to(torch.float32)
-    code = sum((torch.where(value > t, 1.0, 0.0) for t in thresholds[1:]), torch.where(value > thresholds[0], 1.0, 0.0))
-    return (code[0] + code[1] * 4 + code[2] * 16 + code[3] * 64).to(torch.int32).to(torch.uint8)
+    value = flat.view(runs, length).to(torch.float32)
+    code = torch.where(value > thresholds[0], 1.0, 0.0)
+    for threshold in thresholds[1:]:
+        code = code + torch.where(value > threshold, 1.0, 0.0)
+    packed = code[0]
+    for k in range(1, runs):
+        packed = packed + code[k] * float(2 ** (bits * k))
+    return packed.to(torch.int32).to(torch.uint8)
 
 
 def poison(h: torch.Tensor) -> torch.Tensor:
@@ -60,18 +69,25 @@ def apply_levels(
     grad: torch.Tensor, packed: torch.Tensor, bad: torch.Tensor, levels: tuple[float, ...]
 ) -> torch.Tensor:
     """grad · level[code] + poison, computed in float32, in grad's dtype."""
+    bits = len(levels).bit_length() - 1
     n = grad.numel()
-    shift = torch.arange(0, 8, 2, dtype=torch.int32, device=packed.device).view(4, 1)
-    code = (packed.to(torch.int32).view(1, -1) >> shift) & 3
-    slope = torch.where(
-        code == 0, levels[0], torch.where(code == 1, levels[1], torch.where(code == 2, levels[2], levels[3]))
-    )
+    shift = torch.arange(0, 8, bits, dtype=torch.int32, device=packed.device).view(8 // bits, 1)
+    code = (packed.to(torch.int32).view(1, -1) >> shift) & (2**bits - 1)
+    slope = select(code, levels)
     slope = slope.reshape(-1)[:n].reshape(grad.shape)
     return (grad.to(torch.float32) * slope + bad).to(grad.dtype)
 
 
+def select(code: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+    """levels[code] by a binary tree of selections (a gather from memory is twice as slow on a CPU)."""
+    half = len(levels) // 2
+    if half == 1:
+        return torch.where(code == 0, levels[0], levels[1])
+    return torch.where(code < half, select(code, levels[:half]), select(code - half, levels[half:]))
+
+
 class ApproximateActivation:
-    """Rewrite ``gelu_backward`` and its kin to 2-bit codes."""
+    """Rewrite ``gelu_backward`` and its kin to step codes."""
 
     name = "approximate_activation"
     stage = Stage.JOINT
@@ -103,7 +119,7 @@ class ApproximateActivation:
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
         node = match.node
         grad, h = node.args[0], node.args[1]
-        table = _table(match.info, ctx.options.table)
+        table = table_of(match.info, ctx)
         decompositions = dict(select_decomp_table())
         after_h = h.next
         while after_h.op == "placeholder":
@@ -116,7 +132,7 @@ class ApproximateActivation:
             like=h,
             decompositions=decompositions,
         )
-        for new, kind in ((code, "2-bit codes"), (bad, "poison")):
+        for new, kind in ((code, f"{table.bits}-bit codes"), (bad, "poison")):
             new.meta["lowmem_pin"] = True
             new.meta["lowmem_site"] = node.name
             new.meta["lowmem_kind"] = kind
@@ -143,12 +159,17 @@ class ApproximateActivation:
         value = match.node.args[1].meta["val"]
         return (self.name, match.info, tuple(map(str, value.shape)), str(value.dtype))
 
-    def bytes_saved(self, match: Match) -> sympy.Expr:
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
         value = match.node.args[1].meta["val"]
         elements = sympy_numel(value)
         last = value.shape[-1]
         rows = elements / (last.node.expr if isinstance(last, torch.SymInt) else sympy.Integer(max(int(last), 1)))
-        return elements * value.element_size() - sympy.ceiling(elements / 4) - 4 * rows
+        return elements * value.element_size() - sympy.ceiling(elements * table_of(match.info, ctx).bits / 8) - 4 * rows
+
+
+def table_of(name: str, ctx: Context) -> StepTable:
+    """The step table of an activation under the options."""
+    return step_table(name, ctx.options.table, 2 if ctx.options.table == "primitive" else ctx.options.code_bits)
 
 
 def _name_of(node: fx.Node) -> str | None:
@@ -159,7 +180,3 @@ def _name_of(node: fx.Node) -> str | None:
         beta, threshold = node.args[2], node.args[3]
         return "softplus" if beta == 1 and isinstance(threshold, (int, float)) and threshold >= 20 else None
     return name
-
-
-def _table(name: str, kind: str) -> StepTable:
-    return step_table(name, kind)  # type: ignore[arg-type]

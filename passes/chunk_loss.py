@@ -79,7 +79,7 @@ class ChunkLoss:
             return Decline("LM208", "float16 gradients of a whole batch may overflow")
         if any(n.op == "call_function" and not _leading(n, logits.dim()) for n in head.chain):
             return Decline("LM207", "the logits are sliced along the vocabulary")
-        saved = self.bytes_saved(match)
+        saved = self.bytes_saved(match, ctx)
         if saved.is_number and saved <= 0:
             return Decline("LM306", f"∂L/∂W and ∂L/∂h are larger than the logits by {-int(saved)} bytes")
         return None
@@ -121,7 +121,7 @@ class ChunkLoss:
         for node in (root, *reversed(head.chain), head.linear):
             graph.erase_node(node)
 
-    def bytes_saved(self, match: Match) -> sympy.Expr:
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         head: Head = match.info
         logits, hidden = tensor_of(head.linear), tensor_of(head.linear.args[0])
         weight = tensor_of(head.linear.args[1])

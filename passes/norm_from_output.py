@@ -85,7 +85,7 @@ class NormFromOutput:
         value = match.node.args[0].meta["val"]
         return (self.name, tuple(map(str, value.shape)), str(value.dtype))
 
-    def bytes_saved(self, match: Match) -> sympy.Expr:
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         value = match.node.args[0].meta["val"]
         return sympy_numel(value) * (value.element_size() - 2)
 

@@ -10,6 +10,8 @@ Numerics class: EXACT.
 
 from __future__ import annotations
 
+import operator
+
 import sympy
 import torch
 from torch import fx
@@ -69,7 +71,10 @@ class PackMasks:
         node = match.node
         decompositions = dict(select_decomp_table())
         output = graph.output_node()
-        packed = splice(graph, output, pack_bits, [node], like=node, decompositions=decompositions)
+        after = node.next  # right behind its producer: the byte mask dies at once
+        while after.op == "placeholder" or after.target is operator.getitem:
+            after = after.next
+        packed = splice(graph, after, pack_bits, [node], like=node, decompositions=decompositions)
         packed.meta["lowmem_kind"] = "1-bit mask"
         first = ctx.facts["num_user_outputs"]
         values = list(output.args[0])
@@ -96,6 +101,6 @@ class PackMasks:
         old.replace_all_uses_with(mask)
         backward.erase_node(old)
 
-    def bytes_saved(self, match: Match) -> sympy.Expr:
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         elements = sympy_numel(match.node.meta["val"])
         return elements - sympy.ceiling(elements / 8)

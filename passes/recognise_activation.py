@@ -98,7 +98,7 @@ class RecogniseActivation:
         root.replace_all_uses_with(new)
         erase_unused(root)
 
-    def bytes_saved(self, match: Match) -> sympy.Expr:
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         value = match.node.meta["example_value"]
         inner = sum(1 for n in match.info[2] if n is not match.node)
         return sympy_numel(value) * value.element_size() * max(inner - 1, 0)

@@ -42,6 +42,8 @@ EXPRESSIONS: dict[str, sp.Expr] = {
 """h(x) of every activation that has a checked-in table."""
 
 KINDS: tuple[Kind, Kind] = ("primitive", "derivative")
+CHECKED_IN: tuple[tuple[Kind, int], ...] = (("primitive", 2), ("derivative", 2), ("derivative", 4))
+"""The kinds and bits of the tables in `tables.py`."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,11 @@ def _primitive_integral(function: SmoothActivation, table: StepTable) -> float:
 def literal() -> str:
     """The digits of `tables.DERIVED`, as Python source: every table that is not a published one."""
     lines = ["{"]
-    for name, kind in product(EXPRESSIONS, KINDS):
-        if (name, kind, 2) not in PUBLISHED:
-            table = derive(EXPRESSIONS[name], X, kind, 2, name)
+    for name, (kind, bits) in product(EXPRESSIONS, CHECKED_IN):
+        if (name, kind, bits) not in PUBLISHED:
+            table = derive(EXPRESSIONS[name], X, kind, bits, name)
             parts = (repr(table.thresholds), repr(table.levels), f'"{table.source}"')
-            lines += [f'    ("{name}", "{kind}", 2): (', *(f"        {part}," for part in parts), "    ),"]
+            lines += [f'    ("{name}", "{kind}", {bits}): (', *(f"        {part}," for part in parts), "    ),"]
     return "\n".join([*lines, "}"])
 
 

@@ -49,7 +49,11 @@ class _Recording(fx.Interpreter):
         self.seen: set[int] = set()
         self.keep: list[torch.Tensor] = []
         self.rows: list[SavedTensor] = []
-        self.steps: list[tuple[str, int, int]] = []
+        self.steps: list[tuple[str, int, int, int]] = []
+        self.last_use: dict[fx.Node, fx.Node] = {}
+        for node in gm.graph.nodes:
+            for source in node.all_input_nodes:
+                self.last_use[source] = node
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
@@ -63,8 +67,15 @@ class _Recording(fx.Interpreter):
             self.inputs.add(_storage(result))
         elif isinstance(result, torch.Tensor):
             saved = sum(r.nbytes for r in self.rows[before:])
-            self.steps.append((module_path(n) or n.name, saved, concrete(result.numel()) * result.element_size()))
+            size = concrete(result.numel()) * result.element_size()
+            self.steps.append((module_path(n) or n.name, saved, size, self.gradients(n)))
         return result
+
+    def gradients(self, node: fx.Node) -> int:
+        """Bytes of the parameter gradients that the backward of this node is the first to make."""
+        made = [i for i in node.all_input_nodes if i.op == "placeholder" and self.last_use[i] is node]
+        values = [self.env[i] for i in made]
+        return sum(concrete(v.numel()) * v.element_size() for v in values if isinstance(v, torch.Tensor) and v.requires_grad)
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         key = _storage(tensor)
@@ -90,13 +101,14 @@ class _Recording(fx.Interpreter):
         return tensor
 
     def timeline(self) -> tuple[TimelinePoint, ...]:
-        """Saved bytes so far plus the current output; backward mirrors forward, with two gradients of the output alive."""
+        """Saved bytes and parameter gradients so far, plus the current output (in backward: two gradients of its size)."""
         points: list[TimelinePoint] = []
         total = 0
-        for label, saved, out in self.steps:
+        for label, saved, out, _ in self.steps:
             total += saved
             points.append(TimelinePoint(label, "forward", total + out))
-        for label, saved, out in reversed(self.steps):
+        for label, saved, out, gradient in reversed(self.steps):
+            total += gradient
             points.append(TimelinePoint(label, "backward", total + 2 * out))
             total -= saved
         return tuple(points)

@@ -219,3 +219,11 @@ def test_other_widths_dtypes_and_shapes_are_refused() -> None:
         unpack(packed.int(), (2, 6))
     with pytest.raises(ValueError, match=r"float32 \[2, 1\]"):
         backward(x, packed, table, poison[:, 0])
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 33])
+def test_four_bit_codes_round_trip(size: int) -> None:
+    codes = torch.randint(0, 16, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    packed = pack(codes, 4)
+    assert packed.numel() == (size + 1) // 2
+    assert torch.equal(unpack(packed, (size,), 4), codes)
