@@ -198,3 +198,34 @@ def without_graph_caches() -> Iterator[None]:
     """Compile every graph anew. Compiled C++ is still taken from the disk, unlike with ``force_disable_caches``."""
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
         yield
+
+
+def copy_dynamo_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph module that AOTAutograd accepts like the original."""
+    import copy
+
+    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    new.meta.update(gm.meta)
+    for old_node, new_node in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+        if hasattr(old_node, "_dynamo_source"):
+            new_node._dynamo_source = old_node._dynamo_source
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        new._param_name_to_source = dict(sources)  # type: ignore[assignment]
+    return new
+
+
+@contextlib.contextmanager
+def own_tracing_context(example_inputs: Sequence[Any], gm: fx.GraphModule) -> Iterator[None]:
+    """A tracing context of its own (some of its fields may be set only once a compile), with the caller's fake mode."""
+    from torch._guards import TracingContext, tracing
+
+    current = TracingContext.try_get()
+    mode = current.fake_mode if current is not None else detect_fake_mode(list(example_inputs))
+    fresh = TracingContext(mode)
+    if current is not None:
+        for name in ("module_context", "guards_context", "global_context"):
+            if hasattr(current, name):
+                setattr(fresh, name, getattr(current, name))
+    with tracing(fresh):
+        yield

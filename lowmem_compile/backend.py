@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -18,18 +19,21 @@ from lowmem_compile._torch import (
     CustomPartitionerFn,
     StableDecompositions,
     compile_fx,
+    copy_dynamo_module,
     list_mode_options,
     mode_names,
+    own_tracing_context,
     select_decomp_table,
 )
 from lowmem_compile.autocast import autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.options import Options
-from lowmem_compile.partition import KEPT_WHOLE, partition_joint
+from lowmem_compile.partition import KEPT_WHOLE, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
 from lowmem_compile.registry import register
 from lowmem_compile.registry import reset as reset_registry
+from lowmem_compile.saved import Partition
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +65,9 @@ def lowmem(
     device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
     ctx = Context(options=settings, device=device, facts={"autocast": autocast_dtypes(gm.graph, device), "training": entry.training})
     recorder.dump("dynamo", gm)
-    run_stage(Stage.DYNAMO, gm, ctx, recorder)
+    untouched = copy_dynamo_module(gm) if settings.report and entry.training else None
+    if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
+        entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches)
     gm.recompile()
     patches["custom_partitioner_fn"] = Partitioner(settings, device, entry)
     more: dict[str, Any] = {}
@@ -73,6 +79,35 @@ def lowmem(
 
 
 lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+
+
+class Counter(CustomPartitionerFn):
+    """Partition as Inductor does, with and without its one flag, and stop before code generation."""
+
+    def __init__(self) -> None:
+        self.partitions: dict[str, Partition] = {}
+
+    def __deepcopy__(self, memo: Any) -> Counter:
+        return self
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        self.partitions = stock_partitions(gm, joint_inputs, kwargs)
+        raise StopHere
+
+    def uuid(self) -> None:
+        return None
+
+
+class StopHere(Exception):  # noqa: N818
+    """Ends a compile whose partition is all that was wanted."""
+
+
+def count_baseline(gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any]) -> dict[str, Partition]:
+    """What Inductor would save for the graph before any of our passes touched it."""
+    counter = Counter()
+    with own_tracing_context(example_inputs, gm), contextlib.suppress(StopHere):
+        compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": counter, "force_disable_caches": True})
+    return counter.partitions
 
 
 class Partitioner(CustomPartitionerFn):

@@ -59,6 +59,11 @@ def strip_casts(node: fx.Node) -> fx.Node:
     return node
 
 
+def sources(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values a node reads: all of them, but only the first of a cast (``x.type_as(other)``)."""
+    return node.all_input_nodes[:1] if is_cast(node) else node.all_input_nodes
+
+
 def cone(root: fx.Node, leaf: fx.Node, *, reductions: bool = False) -> list[fx.Node] | None:
     """The nodes between ``leaf`` and ``root`` in graph order, or ``None`` if the cone has another tensor leaf."""
     inside: set[fx.Node] = set()
@@ -70,7 +75,7 @@ def cone(root: fx.Node, leaf: fx.Node, *, reductions: bool = False) -> list[fx.N
         if not (is_elementwise(node) or (reductions and is_reduction(node))):
             return None
         inside.add(node)
-        work.extend(node.all_input_nodes)
+        work.extend(sources(node))
         if not node.all_input_nodes or len(inside) > 64:
             return None
     return [n for n in root.graph.nodes if n in inside]

@@ -63,23 +63,30 @@ def expand(graph: fx.Graph) -> None:
             decompose(graph, node, table[node.target], table)
 
 
+def cut(module: fx.GraphModule, joint_inputs: Any, kwargs: dict[str, Any]) -> Partition:
+    """Partition a joint graph with Inductor's min-cut, whoever chooses the saved values at the moment."""
+    module.recompile()
+    forward, backward = min_cut_rematerialization_partition(module, joint_inputs, **kwargs)
+    return Partition(forward, backward, kwargs["num_fwd_outputs"])
+
+
+def stock_partitions(gm: fx.GraphModule, joint_inputs: Any, kwargs: dict[str, Any]) -> dict[str, Partition]:
+    """Inductor's own partition, and the one with its one flag."""
+    plain = copy_module(gm)
+    expand(plain.graph)
+    partitions = {"inductor": cut(copy_module(plain), joint_inputs, kwargs)}
+    with functorch_config.patch(ban_recompute_materialized_backward=False):
+        partitions["one_flag"] = cut(plain, joint_inputs, kwargs)
+    return partitions
+
+
 def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorder: Recorder, kwargs: dict[str, Any]) -> Candidates:
     """Partition a joint graph (see the module docstring)."""
     for node, index in zip(placeholders(gm.graph), range(len(gm.graph.nodes)), strict=False):
         node.meta["lowmem_static"] = index in (kwargs.get("static_lifetime_input_indices") or ())
     recorder.dump("joint", gm)
 
-    def cut(module: fx.GraphModule) -> Partition:
-        module.recompile()
-        forward, backward = min_cut_rematerialization_partition(module, joint_inputs, **kwargs)
-        return Partition(forward, backward, kwargs["num_fwd_outputs"])
-
-    plain = copy_module(gm)
-    expand(plain.graph)
-    partitions = {"inductor": cut(copy_module(plain))}
-    with functorch_config.patch(ban_recompute_materialized_backward=False):
-        partitions["one_flag"] = cut(copy_module(plain))
-
+    partitions = stock_partitions(gm, joint_inputs, kwargs)
     ours = functools.partial(choose_saved, pointwise=ctx.options.recompute == "pointwise")
 
     @functools.cache
@@ -90,7 +97,7 @@ def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorde
         rewritten = run_stage(Stage.JOINT, module, replace(ctx, skip=skip), record)
         expand(module.graph)
         with saved_values_chooser(ours):
-            return cut(module), rewritten, record
+            return cut(module, joint_inputs, kwargs), rewritten, record
 
     trial, rewritten, _ = rewrite_and_cut(frozenset())
     skip = {r.site for r in rewritten if not _pays(r, trial)}

@@ -41,6 +41,8 @@ class Entry:
     eager: tuple[tuple[SavedTensor, ...], tuple[TimelinePoint, ...]] = ((), ())
     graph_report: GraphReport | None = None
     chosen: str = ""
+    baseline: Callable[[], dict[str, Any]] | None = None
+    """Counts what Inductor would save for the graph as Dynamo captured it, when passes changed it before AOTAutograd."""
     before_call: list[Callable[[], None]] = field(default_factory=list)
 
     def partitioned(self, candidates: Any) -> None:
@@ -50,6 +52,9 @@ class Entry:
             return
         partitions = dict(candidates.partitions)
         partitions["lowmem"] = partitions[candidates.chosen]
+        if self.baseline is not None:
+            partitions.update(self.baseline())
+            self.baseline = None
         saved = {name: p.saved_tensors() for name, p in partitions.items()}
         timelines = {name: simulate(p) for name, p in partitions.items()}
         if self.eager[0]:
