@@ -12,7 +12,7 @@ from lowmem_compile import registry
 from lowmem_compile._torch import dry_run
 from lowmem_compile.errors import ReportError
 from lowmem_compile.options import Options
-from lowmem_compile.report.model import Report
+from lowmem_compile.reporting.model import Report
 
 
 def report(compiled: Any = None) -> Report:

@@ -28,10 +28,11 @@ from lowmem_compile._torch import (
 from lowmem_compile.autocast import autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
+from lowmem_compile.graph import placeholders
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
-from lowmem_compile.registry import register
+from lowmem_compile.registry import Entry, register
 from lowmem_compile.registry import reset as reset_registry
 from lowmem_compile.saved import Partition
 
@@ -63,7 +64,7 @@ def lowmem(
     entry = register(gm, example_inputs, settings, identity(settings))
     recorder = entry.recorder
     device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
-    ctx = Context(options=settings, device=device, facts={"autocast": autocast_dtypes(gm.graph, device), "training": entry.training})
+    ctx = Context(options=settings, device=device, facts=dynamo_facts(gm, example_inputs, device, entry))
     recorder.dump("dynamo", gm)
     untouched = copy_dynamo_module(gm) if settings.report and entry.training else None
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
@@ -79,6 +80,17 @@ def lowmem(
 
 
 lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+
+
+def dynamo_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], device: str, entry: Entry) -> dict[str, Any]:
+    """What the passes of the Dynamo stage may know besides the graph."""
+    return {
+        "gm": gm,
+        "autocast": autocast_dtypes(gm.graph, device),
+        "training": entry.training,
+        "inputs": {n: t for n, t in zip(placeholders(gm.graph), example_inputs, strict=True) if isinstance(t, torch.Tensor)},
+        "before_call": entry.before_call,
+    }
 
 
 class Counter(CustomPartitionerFn):

@@ -8,7 +8,7 @@ sample points and compared with the known function.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,11 +22,16 @@ ELEMENTWISE_METHODS = {
 }  # fmt: skip
 ELEMENTWISE_FUNCTIONS: frozenset[Any] = frozenset(
     {
-        operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.iadd,
-        operator.imul, operator.isub, operator.itruediv,
+        operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg,
         torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.square, torch.sqrt, torch.rsqrt,
         torch.reciprocal, torch.neg, torch.exp, torch.erf, torch.tanh, torch.sigmoid, F.sigmoid, F.tanh, F.silu,
         torch.special.erf,
+    }
+)  # fmt: skip
+WRITERS: frozenset[Any] = frozenset(
+    {
+        operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+        operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.setitem,
     }
 )  # fmt: skip
 REDUCTION_METHODS = {"mean", "var", "sum"}
@@ -64,8 +69,23 @@ def sources(node: fx.Node) -> list[fx.Node]:
     return node.all_input_nodes[:1] if is_cast(node) else node.all_input_nodes
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether the operation changes a tensor in place."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.target in WRITERS or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
+        return True
+    return name in ("relu", "dropout", "leaky_relu", "silu", "mish", "hardtanh") and node.args[-1:] == (True,)
+
+
 def cone(root: fx.Node, leaf: fx.Node, *, reductions: bool = False) -> list[fx.Node] | None:
-    """The nodes between ``leaf`` and ``root`` in graph order, or ``None`` if the cone has another tensor leaf."""
+    """The nodes between ``leaf`` and ``root`` in graph order.
+
+    ``None`` if the cone has another tensor leaf, or if anything is changed in place while it is computed.
+    """
     inside: set[fx.Node] = set()
     work = [root]
     while work:
@@ -78,7 +98,21 @@ def cone(root: fx.Node, leaf: fx.Node, *, reductions: bool = False) -> list[fx.N
         work.extend(sources(node))
         if not node.all_input_nodes or len(inside) > 64:
             return None
+    if not inside:
+        return []
+    first = next(n for n in root.graph.nodes if n in inside)
+    node = root
+    while node is not first:
+        node = node.prev
+        if writes(node):
+            return None
     return [n for n in root.graph.nodes if n in inside]
+
+
+def leaf_of(nodes: Iterable[fx.Node]) -> fx.Node:
+    """The tensor that a cone reads now: rewriting another match may have replaced the node it was found with."""
+    inside = set(nodes)
+    return next(i for n in inside for i in n.all_input_nodes if i not in inside)
 
 
 def evaluate(nodes: list[fx.Node], leaf: fx.Node, value: torch.Tensor) -> torch.Tensor:

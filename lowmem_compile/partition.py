@@ -106,7 +106,8 @@ def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorde
     recorder.adopt(record)
     run_saved_stage(partitions["lowmem"], ctx, recorder)
     sizes = {name: p.saved_bytes() for name, p in partitions.items()}
-    chosen = min(sizes, key=lambda name: sizes[name])
+    allowed = [n for n in sizes if n != "one_flag" or ctx.options.recompute == "pointwise"]
+    chosen = min(allowed, key=lambda name: sizes[name])
     log.info("saved for backward: %s; compiled: %s", sizes, chosen)
     return Candidates(partitions, chosen, recorder)
 

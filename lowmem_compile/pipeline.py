@@ -19,17 +19,19 @@ from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
+from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
 from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.recognise_activation import RecogniseActivation
 from lowmem_compile.passes.recognise_norm import RecogniseNorm
-from lowmem_compile.report.model import PassRun, Site
+from lowmem_compile.reporting.model import PassRun, Site
 
 log = logging.getLogger(__name__)
 
 PASSES: tuple[Pass, ...] = (
     RecogniseActivation(),
     RecogniseNorm(),
+    FoldNormAffine(),  # reads the op that recognise_norm makes
     ChunkLoss(),
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),

@@ -22,7 +22,7 @@ from lowmem_compile._torch import functorch_config, inductor_cache_dir
 from lowmem_compile.options import Options
 from lowmem_compile.pipeline import Recorder
 from lowmem_compile.planner.timeline import simulate
-from lowmem_compile.report.model import GraphReport, SavedTensor, TimelinePoint
+from lowmem_compile.reporting.model import GraphReport, SavedTensor, TimelinePoint
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +103,8 @@ class Entry:
                 action()
             return compiled(*args)
 
-        if hasattr(compiled, "_boxed_call"):
-            raise AssertionError("a boxed callable cannot be wrapped")
+        if hasattr(compiled, "_boxed_call"):  # takes one list of arguments, which passes through unchanged
+            call._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
         return call
 
     def belongs_to(self, tensors: set[int], frames: set[tuple[str, str]]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from lowmem_compile.graph import module_path, nbytes, source_line, storage_root, tensor_of
-from lowmem_compile.report.model import SavedTensor
+from lowmem_compile.reporting.model import SavedTensor
 
 
 @dataclass(frozen=True)

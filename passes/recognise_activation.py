@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
-from lowmem_compile.cone import cone, erase_unused, evaluate, is_cast, is_elementwise, strip_casts
+from lowmem_compile.cone import cone, erase_unused, evaluate, is_cast, is_elementwise, leaf_of, strip_casts
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.graph import sympy_numel, tensor_of
 
@@ -33,7 +33,7 @@ KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
 }
 TOLERANCE = 1e-6
-PRODUCTS = {operator.mul, operator.imul, torch.mul}
+PRODUCTS = {operator.mul, torch.mul}
 
 
 class RecogniseActivation:
@@ -52,7 +52,7 @@ class RecogniseActivation:
                 continue
             for leaf in _leaves(root):
                 nodes = cone(root, leaf)
-                if not nodes or len(nodes) < 2:
+                if not nodes or len(nodes) < 2 or any(n.target is F.silu for n in nodes):
                     continue
                 value = evaluate(nodes, leaf, sample.clone())
                 if not isinstance(value, torch.Tensor) or value.shape != sample.shape:
@@ -77,8 +77,8 @@ class RecogniseActivation:
         return None
 
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:  # noqa: ARG002
-        name, leaf, _ = match.info
-        root = match.node
+        name, _, nodes = match.info
+        root, leaf = match.node, leaf_of(nodes)
         value = root.meta["example_value"]
         with graph.inserting_before(root):
             if name == "quick_gelu":

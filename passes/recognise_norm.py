@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
-from lowmem_compile.cone import cone, erase_unused, evaluate, is_cast, is_elementwise, is_reduction, scalars, strip_casts
+from lowmem_compile.cone import cone, erase_unused, evaluate, is_cast, is_elementwise, is_reduction, leaf_of, scalars, sources, strip_casts
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.graph import numel, tensor_of
 from lowmem_compile.kernels.normalize import normalize, normalize_reference
+from lowmem_compile.passes.fold_norm_affine import wanted as folding_is_wanted
 
 TOLERANCE = 1e-9
-MULTIPLY = {operator.mul, torch.mul, operator.imul}
+MULTIPLY = {operator.mul, torch.mul}
 DIVIDE = {operator.truediv, torch.div}
 LINEARS = (F.linear, torch._C._nn.linear)
 
@@ -44,6 +45,8 @@ class Norm:
     ndim: int
     eps: float
     center: bool
+    nodes: tuple[fx.Node, ...] = ()
+    """What computes it by hand; empty for a library call."""
     weight: fx.Node | None = None
     bias: fx.Node | None = None
     library: bool = False
@@ -74,7 +77,7 @@ class RecogniseNorm:
         if norm.library and y.dtype != x.dtype and not ctx.facts.get("autocast", {}).get(match.node):
             return Decline("LM205", "the norm changes the dtype of its input")
         dtypes = reading_dtypes(match.node, ctx)
-        if ctx.options.fold_norm_affine == "always" and dtypes:
+        if dtypes and folding_is_wanted(ctx):
             return None
         if not dtypes:
             return Decline("LM304", "no linear reads the output of this norm")
@@ -91,6 +94,7 @@ class RecogniseNorm:
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:  # noqa: ARG002
         norm: Norm = match.info
         root = match.node
+        x = leaf_of(norm.nodes) if norm.nodes else input_of(root)
         y = root.meta["example_value"]
         made: list[tuple[fx.Node, torch.dtype]] = []
 
@@ -99,9 +103,9 @@ class RecogniseNorm:
             made.append((node, dtype))
             return node
 
-        wide = torch.float64 if norm.x.meta["example_value"].dtype == torch.float64 else torch.float32
+        wide = torch.float64 if x.meta["example_value"].dtype == torch.float64 else torch.float32
         with graph.inserting_before(root):
-            both = graph.call_function(normalize._opoverload, (norm.x, norm.ndim, norm.eps, norm.center))
+            both = graph.call_function(normalize._opoverload, (x, norm.ndim, norm.eps, norm.center))
             value = y.to(wide)
             both.meta = {**root.meta, "example_value": (value, value[(..., *([slice(0, 1)] * norm.ndim))])}
             out = call(operator.getitem, both, 0, dtype=wide)
@@ -134,7 +138,18 @@ def library_norm(node: fx.Node) -> Norm | None:
         return None
     eps = given.get("eps", 1e-5 if center else None)
     eps = torch.finfo(value.dtype).eps if eps is None else eps
-    return Norm(x, len(given["normalized_shape"]), float(eps), center, given.get("weight"), given.get("bias"), library=True)
+    if isinstance(eps, fx.Node):
+        return None
+    affine = (given.get("weight"), given.get("bias"))
+    return Norm(x, len(given["normalized_shape"]), float(eps), center, (), *affine, library=True)
+
+
+def input_of(node: fx.Node) -> fx.Node:
+    """The tensor that a library call normalises."""
+    x = node.args[0] if node.args else node.kwargs["input"]
+    if not isinstance(x, fx.Node):
+        raise AssertionError(f"{node.name} normalises {x!r}")
+    return x
 
 
 def handwritten_norm(root: fx.Node) -> Norm | None:
@@ -154,7 +169,7 @@ def handwritten_norm(root: fx.Node) -> Norm | None:
         size = value.shape[-1]
         if not isinstance(size, int) or size < 2:
             continue
-        shape = (*([1] * (value.dim() - 2)), 3, size) if value.dim() > 1 else (size,)
+        shape = (*([2] * (value.dim() - 2)), 3, size) if value.dim() > 1 else (size,)
         sample = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.01 + 0.003
         try:
             got = evaluate(nodes, leaf, sample)
@@ -165,7 +180,7 @@ def handwritten_norm(root: fx.Node) -> Norm | None:
         for eps in {e for e in scalars(nodes) if 0 < e < 0.1} | {0.0}:
             for center in (False, True):
                 if torch.allclose(got, normalize_reference(sample, 1, eps, center)[0], 0, TOLERANCE):
-                    return Norm(leaf, 1, eps, center)
+                    return Norm(leaf, 1, eps, center, tuple(nodes))
     return None
 
 
@@ -188,7 +203,7 @@ def reading_dtypes(root: fx.Node, ctx: Context) -> set[torch.dtype]:
                 continue
             if user.op == "call_function" and user.target in (*LINEARS, torch.matmul, operator.matmul, F.conv1d, torch.addmm):
                 found.add(autocast.get(user, value.dtype) if value.dtype != torch.float64 else value.dtype)
-            elif numel(user) == size and sum(numel(i) * 4 > size for i in user.all_input_nodes) == 1:
+            elif node in sources(user) and numel(user) == size and sum(numel(i) * 4 > size for i in sources(user)) == 1:
                 work.append(user)
     return found
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from lowmem_compile._torch import FakeTensor, FakeTensorMode
 from lowmem_compile.graph import concrete, module_path, source_line
-from lowmem_compile.report.model import SavedTensor, TimelinePoint
+from lowmem_compile.reporting.model import SavedTensor, TimelinePoint
 
 
 def eager_memory(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[tuple[SavedTensor, ...], tuple[TimelinePoint, ...]]:

@@ -10,7 +10,7 @@ from torch import fx
 
 from lowmem_compile._torch import op_types
 from lowmem_compile.graph import VIEW_OPS, is_tangent, module_path, nbytes, storage_root, tensor_of
-from lowmem_compile.report.model import TimelinePoint
+from lowmem_compile.reporting.model import TimelinePoint
 from lowmem_compile.saved import Partition
 
 MOST_POINTS = 300

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from lowmem_compile.report import GraphReport, Report, Site, render_text
-from lowmem_compile.report.summary import headline
+from lowmem_compile.reporting import GraphReport, Report, Site, render_text
+from lowmem_compile.reporting.summary import headline
 
 
 def test_the_first_line_is_the_headline(sample: Report) -> None:

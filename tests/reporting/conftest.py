@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem_compile.report import GraphReport, PassRun, Report, SavedTensor, Site, TimelinePoint
-from lowmem_compile.report.model import CONTENDERS, Action, Kind, Numerics, Phase
+from lowmem_compile.reporting import GraphReport, PassRun, Report, SavedTensor, Site, TimelinePoint
+from lowmem_compile.reporting.model import CONTENDERS, Action, Kind, Numerics, Phase
 
 LAYERS = 6
 B, T, H, F, HEADS = 16, 128, 384, 1536, 12

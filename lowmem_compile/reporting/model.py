@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lowmem_compile.report._json import JsonRecord, plain
+from lowmem_compile.reporting._json import JsonRecord, plain
 
 Kind = Literal["activation", "statistic", "mask", "weight copy", "index", "rng"]
 Action = Literal["rewritten", "declined", "failed"]
@@ -56,7 +56,7 @@ class SavedTensor(JsonRecord):
 class Site(JsonRecord):
     """One place a pass looked at, and what came of it.
 
-    `code` is a stable identifier explained in `lowmem_compile.report.codes`; `reason` says it
+    `code` is a stable identifier explained in `lowmem_compile.reporting.codes`; `reason` says it
     of this place. `bytes_before` and `bytes_after` are what the place keeps for the backward pass, both zero
     where that is not known.
     """

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 
-from lowmem_compile.report.model import ACTIONS, GraphReport, Report
-from lowmem_compile.report.summary import (
+from lowmem_compile.reporting.model import ACTIONS, GraphReport, Report
+from lowmem_compile.reporting.summary import (
     CONTENDER_NAMES,
     NUMERICS_NAMES,
     SiteGroup,
@@ -21,7 +21,7 @@ from lowmem_compile.report.summary import (
     measured,
     no_figures_note,
 )
-from lowmem_compile.report.units import (
+from lowmem_compile.reporting.units import (
     format_bytes,
     format_change,
     format_seconds,

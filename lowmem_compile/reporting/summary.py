@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lowmem_compile.report.codes import Reason, explain_code
-from lowmem_compile.report.model import (
+from lowmem_compile.reporting.codes import Reason, explain_code
+from lowmem_compile.reporting.model import (
     ACTIONS,
     CONTENDERS,
     KINDS,
@@ -19,7 +19,7 @@ from lowmem_compile.report.model import (
     SavedTensor,
     Site,
 )
-from lowmem_compile.report.units import format_bytes, format_change, plural
+from lowmem_compile.reporting.units import format_bytes, format_change, plural
 
 CONTENDER_NAMES: Final = {
     "eager": "eager PyTorch",

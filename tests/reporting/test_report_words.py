@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_compile.report import GraphReport, Report, SavedTensor, Site, summary, units
-from lowmem_compile.report.codes import FAMILIES, REASONS, REWRITES, explain_code
-from lowmem_compile.report.model import Action
+from lowmem_compile.reporting import GraphReport, Report, SavedTensor, Site, summary, units
+from lowmem_compile.reporting.codes import FAMILIES, REASONS, REWRITES, explain_code
+from lowmem_compile.reporting.model import Action
 
 
 def keeps(nbytes: int, module: str = "m") -> tuple[SavedTensor, ...]:
@@ -97,8 +97,8 @@ def test_every_code_and_every_pass_in_the_sources_has_words() -> None:
     names = {name for text in passes for name in re.findall(r'(?m)^    name(?:: str)? = "(\w+)"', text)}
     assert len(codes) > 5
     assert len(names) > 3
-    assert codes <= set(REASONS), "add the code to lowmem_compile/report/codes.py"
-    assert names <= set(REWRITES), "say in lowmem_compile/report/codes.py what LM100 means for the pass"
+    assert codes <= set(REASONS), "add the code to lowmem_compile/reporting/codes.py"
+    assert names <= set(REWRITES), "say in lowmem_compile/reporting/codes.py what LM100 means for the pass"
 
 
 def test_a_generic_code_is_explained_by_its_pass() -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem_compile.report import GraphReport, PassRun, Report, SavedTensor, Site, TimelinePoint
-from lowmem_compile.report.model import ACTIONS, CONTENDERS, KINDS, NUMERICS
+from lowmem_compile.reporting import GraphReport, PassRun, Report, SavedTensor, Site, TimelinePoint
+from lowmem_compile.reporting.model import ACTIONS, CONTENDERS, KINDS, NUMERICS
 
 natural = st.integers(0, 2**60)
 word = st.text(max_size=12)
@@ -169,5 +169,5 @@ def test_the_first_of_equal_peaks_counts() -> None:
 
 
 def test_the_report_needs_no_torch() -> None:
-    program = "import sys, lowmem_compile.report; sys.exit('torch' in sys.modules)"
+    program = "import sys, lowmem_compile.reporting; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

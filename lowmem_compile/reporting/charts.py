@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
-from lowmem_compile.report.model import KINDS, GraphReport, SavedTensor, TimelinePoint
-from lowmem_compile.report.summary import CONTENDER_NAMES, bytes_by, measured
-from lowmem_compile.report.units import exact_bytes, format_bytes, format_change, visible
+from lowmem_compile.reporting.model import KINDS, GraphReport, SavedTensor, TimelinePoint
+from lowmem_compile.reporting.summary import CONTENDER_NAMES, bytes_by, measured
+from lowmem_compile.reporting.units import exact_bytes, format_bytes, format_change, visible
 
 WIDTH = 1000
 _LEFT, _RIGHT = 150, 190

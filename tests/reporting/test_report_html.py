@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_compile.report import (
+from lowmem_compile.reporting import (
     GraphReport,
     PassRun,
     Report,
@@ -23,7 +23,7 @@ from lowmem_compile.report import (
     render_html,
     write_html,
 )
-from lowmem_compile.report.units import exact_bytes, format_bytes
+from lowmem_compile.reporting.units import exact_bytes, format_bytes
 
 VOID = {"br", "meta", "wbr", "input"}
 

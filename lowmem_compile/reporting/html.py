@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lowmem_compile.report import charts, summary, units
-from lowmem_compile.report.model import CONTENDERS, KINDS, GraphReport, Report
-from lowmem_compile.report.summary import SiteGroup
+from lowmem_compile.reporting import charts, summary, units
+from lowmem_compile.reporting.model import CONTENDERS, KINDS, GraphReport, Report
+from lowmem_compile.reporting.summary import SiteGroup
 
 KIND_NOTES = {
     "activation": "what a layer computed on the way forward",
@@ -76,7 +76,7 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("lowmem_compile.report", "."),
+        loader=PackageLoader("lowmem_compile.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

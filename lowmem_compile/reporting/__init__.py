@@ -1,7 +1,7 @@
 """What lowmem did to a model, as data, as text and as one HTML page."""
 
-from lowmem_compile.report.html import render_html, write_html
-from lowmem_compile.report.model import (
+from lowmem_compile.reporting.html import render_html, write_html
+from lowmem_compile.reporting.model import (
     GraphReport,
     PassRun,
     Report,
@@ -9,7 +9,7 @@ from lowmem_compile.report.model import (
     Site,
     TimelinePoint,
 )
-from lowmem_compile.report.text import render_text
+from lowmem_compile.reporting.text import render_text
 
 __all__ = [
     "GraphReport",

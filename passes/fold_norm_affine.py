@@ -1,0 +1,215 @@
+"""Fold a norm's affine into the linears that read it, so that they and the norm's backward share one tensor.
+
+    before   y = xhat·γ + β;                 z = linear(y, W, b)              dW = dZᵀ y        saves y (and what the norm needs)
+    after    W' = W·diag(γ);  b' = b + W β;  z = linear(xhat, W', b')         dW' = dZᵀ xhat    saves xhat alone
+
+Gradients stay exact, through autograd on the two small expressions, with G' = dZᵀ xhat and d = column sums of dZ:
+    dW = G'·diag(γ) + d βᵀ        dγ = Σ_consumers column-sums(W ∘ G')        dβ = Σ_consumers Wᵀ d
+W, γ and β stay the parameters; W' and b' exist in the graph only, are recomputed in backward and never saved, and no state_dict
+shows them. Where W, b, γ and β are all frozen, W' and b' are made once, outside the step, and made again when one of the four is
+changed in place (this costs a copy of W). Tied weights are safe: W itself is not touched. Consumers that are not linears (the
+residual of a post-norm model) keep reading y.
+
+``options["fold_norm_affine"]``: ``"auto"`` folds only where it saves bytes. While the backward pass may recompute pointwise
+operations (``options["recompute"] == "pointwise"``) y is rebuilt from xhat for nothing, so folding saves no byte and is declined
+(LM307); under Inductor's own recompute rule it saves one y a norm. ``"always"`` folds wherever it is legal.
+Declined: no linear reads y (LM304), only dropout does (LM209).
+Numerics class: REASSOCIATED. Source: LowMemoryBP (ICML 2024), affine merging; with b' = b + W β (the unscaled W).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx
+
+from lowmem_compile._torch import expose_constant
+from lowmem_compile.cone import is_cast
+from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.graph import emit, sympy_numel, tensor_of
+from lowmem_compile.kernels.normalize import normalize
+
+LINEARS = (F.linear, torch._C._nn.linear)
+MULTIPLY = (torch.mul, operator.mul)
+ADD = (torch.add, operator.add)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The affine of one norm and who reads it."""
+
+    xhat: fx.Node
+    output: fx.Node
+    scale: fx.Node | None
+    shift: fx.Node | None
+    linears: tuple[fx.Node, ...]
+    dropout: bool
+
+
+class FoldNormAffine:
+    """Fold γ and β into the following linears."""
+
+    name = "fold_norm_affine"
+    stage = Stage.DYNAMO
+    numerics = Numerics.REASSOCIATED
+
+    def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:  # noqa: ARG002
+        found = []
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is normalize._opoverload:
+                xhat = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+                if xhat is not None:
+                    found.append(Match(node, affine_of(xhat)))
+        return found
+
+    def check(self, match: Match, ctx: Context) -> Decline | None:
+        affine: Affine = match.info
+        if ctx.options.fold_norm_affine == "never":
+            return Decline("LM200", "options['fold_norm_affine'] is 'never'")
+        if affine.scale is None and affine.shift is None:
+            return Decline("LM305", "the norm has no affine")
+        if not affine.linears:
+            if affine.dropout:
+                return Decline("LM209", "a dropout stands between the norm and the linear")
+            return Decline("LM304", "no linear reads the output of this norm")
+        if not wanted(ctx):
+            return Decline("LM307", "the backward pass rebuilds the affine from xhat; folding saves no bytes")
+        return None
+
+    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
+        affine: Affine = match.info
+        for linear in affine.linears:
+            self._fold(graph, affine, linear, ctx)
+        node: fx.Node = affine.output
+        while node is not affine.xhat and not node.users:
+            below = next(i for i in node.all_input_nodes if i is affine.xhat or _reaches(i, affine.xhat))
+            graph.erase_node(node)
+            node = below
+
+    def _fold(self, graph: fx.Graph, affine: Affine, linear: fx.Node, ctx: Context) -> None:
+        weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+        inputs: dict[fx.Node, torch.Tensor] = ctx.facts.get("inputs", {})
+        parts = [weight, affine.scale, affine.shift, bias]
+        frozen = all(p is None or (p in inputs and not inputs[p].requires_grad) for p in parts)
+        with graph.inserting_before(linear):
+            dtype = tensor_of(affine.output).dtype
+            x = affine.xhat
+            if tensor_of(x).dtype != dtype:
+                x = emit(graph, "to", (x, dtype), like=linear)
+            if frozen:
+                w, b = self._fold_once([None if p is None else inputs[p] for p in parts], linear, ctx)
+            else:
+                w, b = weight, bias
+                if affine.scale is not None:
+                    w = emit(graph, torch.mul, (weight, affine.scale), like=linear)
+                    if tensor_of(w).dtype != tensor_of(weight).dtype:
+                        w = emit(graph, "to", (w, tensor_of(weight).dtype), like=linear)
+                if affine.shift is not None:
+                    b = emit(graph, torch.mul, (emit(graph, "float", (weight,), like=linear), affine.shift), like=linear)
+                    b = emit(graph, "sum", (b, -1), like=linear)
+                    if bias is not None:
+                        b = emit(graph, torch.add, (b, bias), like=linear)
+                    b = emit(graph, "to", (b, tensor_of(weight).dtype), like=linear)
+            new = emit(graph, linear.target, (x, w, b), like=linear)
+        linear.replace_all_uses_with(new)
+        graph.erase_node(linear)
+
+    def _fold_once(
+        self, parts: list[torch.Tensor | None], linear: fx.Node, ctx: Context
+    ) -> tuple[fx.Node, fx.Node | None]:
+        weight, scale, shift, bias = parts
+        if weight is None:
+            raise AssertionError("a linear without a weight")
+        gm: fx.GraphModule = ctx.facts["gm"]
+        folded_w, folded_b = fold(weight, scale, shift, bias)
+        watched = [p for p in parts if p is not None]
+        state = [(p._version, p.data_ptr()) for p in watched]
+
+        def refresh() -> None:
+            now = [(p._version, p.data_ptr()) for p in watched]
+            if now != state:
+                state[:] = now
+                w, b = fold(weight, scale, shift, bias)
+                with torch.no_grad():
+                    folded_w.copy_(w)
+                    if folded_b is not None and b is not None:
+                        folded_b.copy_(b)
+
+        actions: list[Callable[[], None]] = ctx.facts["before_call"]
+        actions.append(refresh)
+        nodes: list[fx.Node | None] = []
+        for kind, tensor in (("weight", folded_w), ("bias", folded_b)):
+            if tensor is None:
+                nodes.append(None)
+                continue
+            name = f"lowmem_folded_{linear.name}_{kind}"
+            expose_constant(gm, name, tensor)
+            node = gm.graph.get_attr(name)
+            like = linear.args[1].meta["example_value"]
+            with like.fake_mode:
+                node.meta = {**linear.meta, "example_value": torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)}
+            nodes.append(node)
+        if nodes[0] is None:
+            raise AssertionError("the folded weight is missing")
+        return nodes[0], nodes[1]
+
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
+        value = match.info.output.meta["example_value"]
+        return sympy_numel(value) * value.element_size() if ctx.options.recompute == "inductor" else sympy.Integer(0)
+
+
+def wanted(ctx: Context) -> bool:
+    """Whether the options ask for folding, or it saves bytes under them."""
+    fold_option = ctx.options.fold_norm_affine
+    return fold_option == "always" or (fold_option == "auto" and ctx.options.recompute == "inductor")
+
+
+def fold(
+    weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(W·diag(γ), b + W β) in float32 arithmetic, in W's dtype."""
+    with torch.no_grad():
+        wide = weight.float()
+        folded = wide if scale is None else wide * scale.float()
+        moved = bias if shift is None else (wide @ shift.float() + (0 if bias is None else bias.float())).to(weight.dtype)
+        return folded.to(weight.dtype).clone(), None if moved is None else moved.clone()
+
+
+def affine_of(xhat: fx.Node) -> Affine:
+    """Follow the chain cast · multiply by a vector · add a vector from xhat, and see who reads its end."""
+    scale: fx.Node | None = None
+    shift: fx.Node | None = None
+    node = xhat
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        other = _vector(user, node)
+        if is_cast(user):
+            node = user
+        elif user.target in MULTIPLY and other is not None and scale is None and shift is None:
+            scale, node = other, user
+        elif user.target in ADD and other is not None and shift is None:
+            shift, node = other, user
+        else:
+            break
+    linears = tuple(u for u in node.users if u.op == "call_function" and u.target in LINEARS and u.args[0] is node)
+    linears = tuple(u for u in linears if u.args[1] is not node)
+    dropout = any(getattr(u.target, "__name__", "") == "dropout" for u in node.users)
+    return Affine(xhat, node, scale, shift, linears, dropout)
+
+
+def _vector(user: fx.Node, node: fx.Node) -> fx.Node | None:
+    """The other operand of a binary operation, if it is a vector over the last dimension."""
+    if user.op != "call_function" or len(user.args) != 2:
+        return None
+    others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+    value = tensor_of(others[0]) if len(others) == 1 else None
+    return others[0] if value is not None and value.dim() == 1 else None
+
+
+def _reaches(node: fx.Node, target: fx.Node) -> bool:
+    return node is target or any(_reaches(i, target) for i in node.all_input_nodes if i.op != "placeholder")
