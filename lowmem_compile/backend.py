@@ -117,7 +117,7 @@ class StopHere(Exception):  # noqa: N818
 def count_baseline(gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any]) -> dict[str, Partition]:
     """What Inductor would save for the graph before any of our passes touched it."""
     counter = Counter()
-    with own_tracing_context(example_inputs, gm), contextlib.suppress(StopHere):
+    with own_tracing_context(example_inputs, gm), torch.enable_grad(), contextlib.suppress(StopHere):
         compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": counter, "force_disable_caches": True})
     return counter.partitions
 

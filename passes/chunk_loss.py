@@ -77,8 +77,15 @@ class ChunkLoss:
         logits, hidden = tensor_of(head.linear), tensor_of(head.linear.args[0])
         if logits is None or hidden is None or logits.dtype == torch.float16:
             return Decline("LM208", "float16 gradients of a whole batch may overflow")
-        if any(n.op == "call_function" and not _leading(n, logits.dim()) for n in head.chain):
+        shapes = [v.shape for n in head.chain if (v := tensor_of(n)) is not None]
+        if any(n.op == "call_function" and not _slices_only(n) for n in head.chain) or any(
+            after[-1:] != before[-1:]
+            for n, before, after in zip(head.chain, [logits.shape, *shapes], shapes, strict=False)
+            if n.op == "call_function"
+        ):
             return Decline("LM207", "the logits are sliced along the vocabulary")
+        if any(s[-1:] != logits.shape[-1:] for s in shapes) or len([logits.shape, *shapes][-1]) != 2:
+            return Decline("LM208", "the loss does not take the rows of the linear as they are, [N, V]")
         saved = self.bytes_saved(match, ctx)
         if saved.is_number and saved <= 0:
             return Decline("LM306", f"∂L/∂W and ∂L/∂h are larger than the logits by {-int(saved)} bytes")
@@ -145,15 +152,7 @@ def _head(given: dict[str, Any]) -> Head | None:
     return None
 
 
-def _leading(node: fx.Node, dims: int) -> bool:
-    """True for an index that slices leading dimensions only."""
+def _slices_only(node: fx.Node) -> bool:
+    """True for an index that keeps every dimension."""
     index = node.args[1]
-    index = index if isinstance(index, tuple) else (index,)
-    if any(not isinstance(i, slice) and i is not Ellipsis for i in index):
-        return False
-    whole = slice(None, None, None)
-    if Ellipsis in index:
-        position = index.index(Ellipsis)
-        return len(index) - position == 1 or index[-1] == whole
-    return len(index) < dims or index[-1] == whole
-
+    return all(isinstance(i, slice) or i is Ellipsis for i in (index if isinstance(index, tuple) else (index,)))
