@@ -229,3 +229,10 @@ def own_tracing_context(example_inputs: Sequence[Any], gm: fx.GraphModule) -> It
                 setattr(fresh, name, getattr(current, name))
     with tracing(fresh):
         yield
+
+
+def tracing_is_on() -> bool:
+    """Whether structured tracing (``TORCH_TRACE``) writes anywhere."""
+    from torch._logging._internal import trace_log
+
+    return bool(trace_log.handlers)

@@ -30,6 +30,7 @@ from lowmem_compile.graph import copy_module, decompose, is_tangent, placeholder
 from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
 from lowmem_compile.passes.approximate_activation import ACTIVATIONS
 from lowmem_compile.pipeline import Recorder, run_stage
+from lowmem_compile.planner.timeline import peak, simulate
 from lowmem_compile.recompute import choose_saved
 from lowmem_compile.saved import Partition
 
@@ -92,8 +93,7 @@ def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorde
     @functools.cache
     def rewrite_and_cut(skip: frozenset[str]) -> tuple[Partition, list[Rewrite], Recorder]:
         module = copy_module(gm)
-        record = Recorder(recorder.graph_id, recorder.dump_dir, dumped=recorder.dumped)
-        record.pending = []
+        record = Recorder(recorder.graph_id, recorder.dump_dir, pending=[])
         rewritten = run_stage(Stage.JOINT, module, replace(ctx, skip=skip), record)
         expand(module.graph)
         with saved_values_chooser(ours):
@@ -103,13 +103,32 @@ def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorde
     skip = {r.site for r in rewritten if not _pays(r, trial)}
     skip |= _classes_that_do_not_pay(rewritten, skip, lambda s: rewrite_and_cut(s)[0].saved_bytes())
     partitions["lowmem"], _, record = rewrite_and_cut(frozenset(skip))
-    recorder.adopt(record)
-    run_saved_stage(partitions["lowmem"], ctx, recorder)
-    sizes = {name: p.saved_bytes() for name, p in partitions.items()}
-    allowed = [n for n in sizes if n != "one_flag" or ctx.options.recompute == "pointwise"]
-    chosen = min(allowed, key=lambda name: sizes[name])
-    log.info("saved for backward: %s; compiled: %s", sizes, chosen)
+    chosen = choose(partitions, ctx)
+    recorder.adopt(record if chosen == "lowmem" else declined(record))
+    run_saved_stage(partitions[chosen], ctx, recorder)
+    recorder.dump("forward", partitions[chosen].forward)
+    recorder.dump("backward", partitions[chosen].backward)
+    log.info("saved for backward: %s; compiled: %s", {n: p.saved_bytes() for n, p in partitions.items()}, chosen)
     return Candidates(partitions, chosen, recorder)
+
+
+def choose(partitions: Mapping[str, Partition], ctx: Context) -> str:
+    """The candidate with the fewest saved bytes among those whose simulated peak is not above Inductor's."""
+    allowed = [n for n in partitions if n != "one_flag" or ctx.options.recompute == "pointwise"]
+    ceiling = peak(simulate(partitions["inductor"]))
+    lower = [n for n in allowed if n == "inductor" or peak(simulate(partitions[n])) <= ceiling]
+    return min(lower, key=lambda name: partitions[name].saved_bytes())
+
+
+def declined(record: Recorder) -> Recorder:
+    """A trial that was not compiled: its rewrites count as declined, its dumps are dropped."""
+    reason = "with these rewrites the graph would keep more bytes, or peak higher, than Inductor's own partition"
+    sites = [
+        replace(s, action="declined", code="LM300", reason=reason, bytes_before=0, bytes_after=0) if s.action == "rewritten" else s
+        for s in record.sites
+    ]
+    runs = [replace(r, rewritten=0, declined=r.matched) for r in record.runs]
+    return Recorder(record.graph_id, record.dump_dir, sites=sites, runs=runs, pending=[])
 
 
 def _pays(rewrite: Rewrite, trial: Partition) -> bool:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from torch import fx
 
-from lowmem_compile._torch import GraphTransformObserver, trace_structured
+from lowmem_compile._torch import GraphTransformObserver, trace_structured, tracing_is_on
 from lowmem_compile.contract import Context, Decline, JointPass, Match, Pass, Rewrite, Stage
 from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
+from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
 from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
 from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
@@ -32,11 +33,16 @@ PASSES: tuple[Pass, ...] = (
     RecogniseActivation(),
     RecogniseNorm(),
     FoldNormAffine(),  # reads the op that recognise_norm makes
+    FoldLayerScale(),
     ChunkLoss(),
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
     PackMasks(),
 )
+
+
+SUBSYSTEM = {Stage.DYNAMO: "pre_grad_passes", Stage.JOINT: "joint_graph_passes", Stage.SAVED: "joint_graph_passes"}
+"""What Inductor's bisector calls the stage."""
 
 
 def pass_names() -> list[str]:
@@ -68,27 +74,30 @@ class Recorder:
         for label, text in trial.pending or ():
             self._write(label, lambda text=text: text)  # type: ignore[misc]
 
-    def dump(self, label: str, gm: fx.GraphModule) -> None:
-        """Write a numbered graph as readable Python, and hand it to structured tracing."""
+    def dump(self, label: str, gm: fx.GraphModule, note: str = "") -> None:
+        """Write a numbered graph as readable Python, and hand it to structured tracing; ``note`` becomes its first line."""
+        head = f"# {note}\n" if note else ""
 
         def text() -> str:
-            return str(gm.print_readable(print_output=False, include_stride=True, include_device=True))
+            return head + str(gm.print_readable(print_output=False, include_stride=True, include_device=True))
 
-        if self.pending is not None:
-            if self.dump_dir is not None:
-                self.pending.append((label, text()))
-        else:
+        if self.pending is None:
             self._write(label, text)
+        elif self.dump_dir is not None or tracing_is_on():
+            self.pending.append((label, text()))
 
     def _write(self, label: str, text: Callable[[], str]) -> None:
         name = f"{self.dumped:02d}_{label}"
         self.dumped += 1
-        trace_structured(
-            "artifact", metadata_fn=lambda: {"name": f"lowmem_{self.graph_id}_{name}", "encoding": "string"}, payload_fn=text
-        )
+        self.trace(f"lowmem_{self.graph_id}_{name}", text)
         if self.dump_dir is not None:
             self.dump_dir.mkdir(parents=True, exist_ok=True)
             (self.dump_dir / f"{name}.py").write_text(text(), encoding="utf-8")
+
+    @staticmethod
+    def trace(name: str, text: Callable[[], str]) -> None:
+        """An artifact of structured tracing (``TORCH_TRACE``, tlparse); free when tracing is off."""
+        trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def run_stage(stage: Stage, gm: fx.GraphModule, ctx: Context, recorder: Recorder | None) -> list[Rewrite]:
@@ -133,7 +142,7 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
             check_graph(gm, ctx.options.check)
 
     try:
-        GraphTransformObserver(gm, f"lowmem_{p.name}").apply_graph_pass(body)
+        GraphTransformObserver(gm, f"lowmem_{p.name}", SUBSYSTEM[p.stage]).apply_graph_pass(body)
     except Exception as error:  # noqa: BLE001
         where = recorder.dump_dir if recorder is not None and recorder.dump_dir is not None else "set options['dump'] to keep the graphs"
         message = (
@@ -167,7 +176,7 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
         )
         log.info("%s: %d matched, %d rewritten; %s", p.name, len(matches), len(done), op_difference(before, after))
         if done:
-            recorder.dump(f"after_{p.name}", gm)
+            recorder.dump(f"after_{p.name}", gm, f"{len(done)} rewritten; {op_difference(before, after)}")
     return done
 
 

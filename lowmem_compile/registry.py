@@ -70,9 +70,14 @@ class Entry:
             dump_dir=None if dump is None else str(dump),
             from_cache=False,
         )
+        text = self.graph_report.to_json()
+        self.recorder.trace("lowmem_report", lambda: text)
+        if dump is not None:
+            dump.mkdir(parents=True, exist_ok=True)
+            (dump / "report.json").write_text(text, encoding="utf-8")
         path = self.sidecar()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.graph_report.to_json(), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
     def report(self) -> GraphReport:
         """The report of this graph; from the file beside the cache if the compile was a cache hit."""

@@ -115,7 +115,7 @@ class ChunkLoss:
             h = emit(graph, "reshape", (h, -1, width), like=head.linear)
             target = emit(graph, "reshape", (head.target, -1), like=root)
             ignore = head.given.get("ignore_index", -100)
-            want = bool(tensor_of(weight).requires_grad)
+            want = any(t is not None and tensor_of(t).requires_grad for t in (weight, bias))
             args = (h, cast(weight), cast(bias), target, ignore, float(head.given.get("label_smoothing", 0.0)), want)
             both = emit(graph, linear_cross_entropy._opoverload, args, like=head.linear)
             loss = emit(graph, operator.getitem, (both, 0), like=head.linear)

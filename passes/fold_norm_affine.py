@@ -72,7 +72,7 @@ class FoldNormAffine:
         if ctx.options.fold_norm_affine == "never":
             return Decline("LM200", "options['fold_norm_affine'] is 'never'")
         if affine.scale is None and affine.shift is None:
-            return Decline("LM305", "the norm has no affine")
+            return Decline("LM210", "the norm has no affine")
         if not affine.linears:
             if affine.dropout:
                 return Decline("LM209", "a dropout stands between the norm and the linear")
@@ -95,7 +95,7 @@ class FoldNormAffine:
         weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
         inputs: dict[fx.Node, torch.Tensor] = ctx.facts.get("inputs", {})
         parts = [weight, affine.scale, affine.shift, bias]
-        frozen = all(p is None or (p in inputs and not inputs[p].requires_grad) for p in parts)
+        frozen = all(p is None or _is_frozen_parameter(inputs.get(p)) for p in parts)
         with graph.inserting_before(linear):
             dtype = tensor_of(affine.output).dtype
             x = affine.xhat
@@ -200,6 +200,11 @@ def affine_of(xhat: fx.Node) -> Affine:
     linears = tuple(u for u in linears if u.args[1] is not node)
     dropout = any(getattr(u.target, "__name__", "") == "dropout" for u in node.users)
     return Affine(xhat, node, scale, shift, linears, dropout)
+
+
+def _is_frozen_parameter(tensor: torch.Tensor | None) -> bool:
+    """A parameter is the same object in every call; another graph input may change from call to call."""
+    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
 
 
 def _vector(user: fx.Node, node: fx.Node) -> fx.Node | None:

@@ -80,6 +80,16 @@ REASONS: Final[Mapping[str, Reason]] = {
         "The loss has arguments or a dtype for which there is no computation in chunks.",
         "Use class indices, the reduction mean or sum, no class weights, and bfloat16 or float32.",
     ),
+    "LM209": Reason(
+        "Dropout stands in between",
+        "The linear layers read the norm through a dropout, so they and the norm cannot share one value.",
+        "Set the dropout to 0 where the model allows it.",
+    ),
+    "LM210": Reason(
+        "Nothing to fold",
+        "The norm has neither a scale nor a shift.",
+        "",
+    ),
     "LM300": Reason(
         "No fewer bytes in the end",
         "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",
@@ -113,8 +123,20 @@ REASONS: Final[Mapping[str, Reason]] = {
         "",
     ),
     "LM306": Reason(
-        "Gradients would be larger than the logits",
-        "In place of the logits the rewrite keeps gradients, and for these shapes they take more bytes.",
+        "What would be kept instead is larger",
+        "In place of the value the rewrite keeps or makes others (gradients of the head, a scaled weight), and for "
+        "these shapes they take more bytes.",
+        "",
+    ),
+    "LM307": Reason(
+        "Folding saves no bytes",
+        "The backward pass rebuilds the affine from the normalised value for nothing, so folding it into the "
+        "weights would free nothing.",
+        "options={'fold_norm_affine': 'always'} folds nevertheless.",
+    ),
+    "LM308": Reason(
+        "The scale is frozen",
+        "Without a gradient of the scale, the output of the linear layer is not kept for it.",
         "",
     ),
     "LM900": Reason(
@@ -145,9 +167,19 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "",
     ),
     "approximate_activation": Reason(
-        "Activation input kept as 2-bit codes",
-        "The backward pass reads the slope of the activation from a code of four levels in place of the "
-        "full input.",
+        "Activation input kept as codes",
+        "The backward pass reads the slope of the activation from a code of a few bits in place of the full "
+        "input.",
+        "",
+    ),
+    "fold_norm_affine": Reason(
+        "Affine of the norm folded into the next linears",
+        "The linear layers read the normalised value with scaled weights, so it is the only value kept.",
+        "",
+    ),
+    "fold_layer_scale": Reason(
+        "Layer scale folded into the linear before it",
+        "The scale became part of the weight, so the output of the linear layer is not kept for its gradient.",
         "",
     ),
     "chunk_loss": Reason(
