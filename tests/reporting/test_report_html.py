@@ -125,7 +125,7 @@ def test_the_page_says_what_was_kept_what_went_and_why(sample_page: Page) -> Non
         "lowmem keeps 165 MiB for the backward pass; Inductor would keep 206 MiB (-20 %).",
         "41 of 49places rewritten, 7 declined, 1 failed",
         "Still kept: 165 MiB",
-        "56.2 MiBActivation input kept as 2-bit codes5 places, 60.0 MiB became 3.75 MiB",
+        "56.2 MiBActivation input kept as codes5 places, 60.0 MiB became 3.75 MiB",
         "the partitioner would not keep fewer bytes with this rewrite",
         "Way out: Please report it with the graph dump",
         "lowmem: 83 tensors, 165 MiB",

@@ -27,7 +27,7 @@ def test_sites_are_grouped_with_counts_reasons_and_ways_out(sample: Report) -> N
     text = render_text(sample, width=200)
     assert "Sites: 41 rewritten, 7 declined, 1 failed" in text
     assert (
-        "5 rewritten LM100 Activation input kept as 2-bit codes (60.0 MiB became 3.75 MiB, gradients app"
+        "5 rewritten LM100 Activation input kept as codes (60.0 MiB became 3.75 MiB, gradients app"
         in text
     )
     assert "12 rewritten LM100 Norm recognised (gradients other rounding)" in text
