@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from lowmem_compile import _torch
 from lowmem_compile.demo.gradients import Gradients, compare, exact_gradients, gradients_of
 from lowmem_compile.demo.measure import peak_bytes, resident_tensors, saved_bytes
-from lowmem_compile.demo.models import Workload
 from lowmem_compile.demo.timing import paired_ratio, round_order
 from lowmem_compile.demo.variants import BASELINE, Variant
+from lowmem_compile.demo.workload import Workload
 
 Progress = Callable[[str], None]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowmem_compile.demo.models import Workload
+from lowmem_compile.demo.workload import Workload
 
 Gradients = dict[str, Tensor]
 

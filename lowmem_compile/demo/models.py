@@ -1,111 +1,34 @@
-"""The models of the demonstration and the benchmarks, each with its data and its loss: a :class:`Workload`.
+"""The models of the demonstration and the benchmarks.
 
-Precisions: ``"bf16"`` (weights and adapters in bfloat16), ``"autocast"`` (float32 weights, ``torch.autocast``
-to bfloat16) and ``"fp32"``. Modes: ``"full"`` fine-tuning, LoRA on the query and value projections (``"qv"``)
-or on all linears of the blocks (``"all"``), rank 8, no dropout. Dropout of the models is off unless it is
-asked for, so that gradients can be compared.
+Pretrained weights come out of installed packages; the other models have their real shape and random weights.
+Dropout is off unless it is asked for, so that gradients can be compared.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from lowmem_compile.demo import data, weights
 from lowmem_compile.demo.data import Batch
 from lowmem_compile.demo.packages import quiet, require
-from lowmem_compile.errors import LowMemError
-
-Precision = Literal["bf16", "autocast", "fp32"]
-Mode = Literal["full", "qv", "all"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-MODES: tuple[Mode, ...] = get_args(Mode)
+from lowmem_compile.demo.workload import (
+    MODES,
+    PRECISIONS,
+    Mode,
+    ModelSpec,
+    Precision,
+    Workload,
+    add_lora,
+    contrastive_loss,
+    one_of,
+)
 
 _LLAMA_LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 _VISION_LINEARS = "q_proj|k_proj|v_proj|o_proj|fc1|fc2"
-
-
-def own_loss(output: Any, _batch: Batch) -> Tensor:
-    """The loss that a Hugging Face model computes from its labels."""
-    loss = output.loss
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-def contrastive_loss(output: Any, batch: Batch) -> Tensor:
-    """Cross-entropy over cosine similarities of mean-pooled pairs (temperature 0.05), in float32."""
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    pooled = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
-    first, second = F.normalize(pooled, dim=-1).chunk(2)
-    return F.cross_entropy(20 * first @ second.T, torch.arange(len(first)))
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """One model: how to build it, its data, and which linears LoRA adapts.
-
-    ``layers``, ``rows`` and ``length`` are the defaults of the benchmarks; ``layers=None`` is the whole
-    model. ``length`` is tokens a row, or the side of an image in pixels. ``query_value``, ``linears`` and
-    ``head`` are regular expressions over module names; the head, if any, is trained in full under LoRA.
-    ``tokens_per_row`` overrides ``length`` in counting tokens, ``unit_share`` is the size of the smallest
-    hidden states over that of the first.
-    """
-
-    title: str
-    activation: str
-    pretrained: bool
-    build: Callable[..., nn.Module]
-    batches: Callable[..., list[Batch]]
-    query_value: str
-    linears: str
-    rows: int
-    length: int
-    layers: int | None = None
-    head: str | None = None
-    tokens_per_row: int | None = None
-    unit_share: float = 1.0
-    loss: Callable[[Any, Batch], Tensor] = own_loss
-
-
-@dataclass
-class Workload:
-    """A model in training mode, its batches (all of one shape) and its loss.
-
-    ``unit_bytes``: the model's smallest hidden states [tokens, hidden], in bfloat16.
-    """
-
-    name: str
-    title: str
-    model: nn.Module
-    batches: tuple[Batch, ...]
-    loss_fn: Callable[[Any, Batch], Tensor]
-    precision: Precision
-    mode: Mode
-    activation: str
-    tokens: int
-    pretrained: bool
-    unit_bytes: int
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision's context for a forward pass."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "autocast")
-
-    def forward(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss, and the output that variants are compared on, of ``model``, which may be compiled."""
-        with self.autocast():
-            output = model(**batch)
-            return self.loss_fn(output, batch), _main_output(output)
-
-    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The trained parameters by name."""
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load(
@@ -135,9 +58,9 @@ def load(
         LowMemError: an unknown model, precision or mode (the valid ones are listed).
         MissingPackageError: a package is not installed.
     """
-    _check("model", name, MODELS)
-    _check("precision", precision, PRECISIONS)
-    _check("mode", mode, MODES)
+    one_of("model", name, MODELS)
+    one_of("precision", precision, PRECISIONS)
+    one_of("mode", mode, MODES)
     spec = MODELS[name]
     rows, length = rows or spec.rows, length or spec.length
     layers = spec.layers if layers is None else layers
@@ -163,45 +86,20 @@ def load(
         tokens=tokens,
         pretrained=spec.pretrained,
         unit_bytes=int(2 * tokens * width * spec.unit_share),
+        whole_layers=spec.whole_layers if layers else None,
     )
 
 
-def add_lora(model: nn.Module, targets: str, *, head: str | None = None, rank: int = 8) -> nn.Module:
-    """PEFT LoRA of ``rank`` on the linears whose name matches ``targets``; no dropout, alpha = rank.
-
-    B starts at N(0, 0.01²) in place of 0: with B = 0 the gradient of A is 0 and could not be compared.
-    """
-    peft = require("peft")
-    with quiet():
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=rf".*\.({targets})", lora_dropout=0.0
-        )
-        adapted: nn.Module = peft.get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.01)
-        if head is not None and re.search(rf"\b({head})\b", name):
-            parameter.requires_grad_(True)
-    return adapted
-
-
-def _main_output(output: Any) -> Tensor:
-    value = getattr(output, "logits", None)
-    value = output.last_hidden_state if value is None else value
-    assert isinstance(value, Tensor)
-    return value
-
-
 def _random(
-    model_class: str, config_class: str, layers_key: str = "num_hidden_layers", **settings: Any
+    model_class: str, config_class: str, cut: Callable[[int], dict[str, Any]], **settings: Any
 ) -> Any:
-    """A builder of a model with random weights."""
+    """A builder of a model with random weights; ``cut`` gives the settings of a model of so many layers."""
 
     def build(*, layers: int | None, keep_dropout: bool) -> nn.Module:
         transformers = require("transformers")
-        config = getattr(transformers, config_class)(**settings)
-        if layers is not None:
-            setattr(config, layers_key, layers)
+        config = getattr(transformers, config_class)(
+            **settings, **(cut(layers) if layers is not None else {})
+        )
         if not keep_dropout:
             weights.without_dropout(config)
         with quiet():
@@ -209,6 +107,15 @@ def _random(
         return model
 
     return build
+
+
+def _blocks(layers: int) -> dict[str, Any]:
+    return {"num_hidden_layers": layers}
+
+
+def _swin_stages(layers: int) -> dict[str, Any]:
+    """Swin-T cut to its first stages of two blocks each."""
+    return {"depths": [2] * layers, "num_heads": [3, 6, 12, 24][:layers]}
 
 
 def _images(*, rows: int, length: int, count: int) -> list[Batch]:
@@ -224,7 +131,6 @@ def _small_decoder(title: str, family: str, activation: str, **settings: Any) ->
         "vocab_size": 256,
         "hidden_size": 512,
         "intermediate_size": 1376,
-        "num_hidden_layers": 4,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 64,
@@ -234,12 +140,13 @@ def _small_decoder(title: str, family: str, activation: str, **settings: Any) ->
         title=title,
         activation=activation,
         pretrained=False,
-        build=_random(f"{family}ForCausalLM", f"{family}Config", **(shape | settings)),
+        build=_random(f"{family}ForCausalLM", f"{family}Config", _blocks, **(shape | settings)),
         batches=_byte_lm,
         query_value="q_proj|v_proj",
         linears=_LLAMA_LINEARS,
         rows=4,
         length=256,
+        layers=4,
     )
 
 
@@ -249,6 +156,7 @@ MODELS: Mapping[str, ModelSpec] = {
         activation="GELU",
         pretrained=True,
         build=weights.minilm,
+        whole_layers=6,
         batches=lambda **size: data.text_pair_batches(weights.minilm_tokenizer(), **size),
         query_value="query|value",
         linears="query|key|value|dense",
@@ -267,12 +175,14 @@ MODELS: Mapping[str, ModelSpec] = {
         rows=4,
         length=256,
         layers=6,
+        whole_layers=30,
     ),
     "albert": ModelSpec(
         title="ALBERT (reactions)",
         activation="GELU",
         pretrained=True,
         build=weights.albert,
+        whole_layers=12,
         batches=lambda **size: data.masked_smiles_batches(weights.albert_vocabulary(), **size),
         query_value="query|value",
         linears="query|key|value|attention.dense|ffn|ffn_output",
@@ -284,6 +194,7 @@ MODELS: Mapping[str, ModelSpec] = {
         activation="GELU",
         pretrained=True,
         build=weights.dinov2,
+        whole_layers=12,
         batches=_images,
         query_value="q_proj|v_proj",
         linears=_VISION_LINEARS,
@@ -300,6 +211,7 @@ MODELS: Mapping[str, ModelSpec] = {
         build=_random(
             "RobertaForSequenceClassification",
             "RobertaConfig",
+            _blocks,
             vocab_size=50265,
             max_position_embeddings=514,
             type_vocab_size=1,
@@ -317,7 +229,7 @@ MODELS: Mapping[str, ModelSpec] = {
         title="ViT-B/16 shape",
         activation="GELU",
         pretrained=False,
-        build=_random("ViTForImageClassification", "ViTConfig", num_labels=10),
+        build=_random("ViTForImageClassification", "ViTConfig", _blocks, num_labels=10),
         batches=_images,
         query_value="q_proj|v_proj",
         linears=_VISION_LINEARS,
@@ -331,7 +243,7 @@ MODELS: Mapping[str, ModelSpec] = {
         title="Swin-T shape",
         activation="GELU",
         pretrained=False,
-        build=_random("SwinForImageClassification", "SwinConfig", depths=[2, 2, 2, 2], num_labels=10),
+        build=_random("SwinForImageClassification", "SwinConfig", _swin_stages, num_labels=10),
         batches=_images,
         query_value="q_proj|v_proj",
         linears=_VISION_LINEARS,
@@ -340,13 +252,9 @@ MODELS: Mapping[str, ModelSpec] = {
         head="classifier",
         tokens_per_row=3136,
         unit_share=1 / 8,
+        layers=4,
     ),
     "llama": _small_decoder("LLaMA, small", "Llama", "SwiGLU"),
     "qwen3": _small_decoder("Qwen3, small", "Qwen3", "SwiGLU"),
     "gemma": _small_decoder("Gemma, small", "Gemma", "GeGLU"),
 }
-
-
-def _check(what: str, value: str, valid: Any) -> None:
-    if value not in valid:
-        raise LowMemError(f"unknown {what} {value!r}; the valid ones are {', '.join(valid)}")
