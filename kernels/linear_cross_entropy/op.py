@@ -70,7 +70,7 @@ def linear_cross_entropy(
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=wide, device=h.device)
     grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
-    grad_w = torch.zeros_like(weight) if want_weight else weight.new_empty(0)
+    grad_w = weight.new_zeros(weight.shape) if want_weight else weight.new_empty(0)
     grad_b = torch.zeros(vocabulary, dtype=h.dtype, device=h.device) if want_weight and bias is not None else h.new_empty(0)
     gradient = chunk_gradient if torch.compiler.is_compiling() else _fused()
     with torch.no_grad():

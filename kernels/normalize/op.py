@@ -20,6 +20,10 @@ from lowmem_compile.kernels.normalize.reference import (
 @torch.library.custom_op("lowmem::normalize", mutates_args=())
 def normalize(x: torch.Tensor, ndim: int, eps: float, center: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(xhat, rstd) of x over its last ``ndim`` dimensions; see :func:`normalize_reference`."""
+    if not x.numel():
+        dtype = compute_dtype(x.dtype)
+        stats = [*x.shape[: x.dim() - ndim], *([1] * ndim)]
+        return x.new_empty(x.shape, dtype=dtype), x.new_full(stats, eps, dtype=dtype).rsqrt()
     xhat, rstd = normalize_reference(x, ndim, eps, center)
     return xhat.contiguous(), rstd.contiguous()
 
