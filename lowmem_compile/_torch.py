@@ -32,7 +32,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
@@ -161,7 +161,7 @@ def dry_run(model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[st
     """Compile ``model`` with lowmem up to code generation, run the graphs as captured, and throw the result away."""
     from lowmem_compile.backend import lowmem
 
-    def capture(gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
+    def capture(gm: fx.GraphModule, _inputs: list[Any], **_: Any) -> Callable[..., Any]:
         return gm.forward
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -216,7 +216,7 @@ def copy_dynamo_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def own_tracing_context(example_inputs: Sequence[Any], gm: fx.GraphModule) -> Iterator[None]:
+def own_tracing_context(example_inputs: Sequence[Any]) -> Iterator[None]:
     """A tracing context of its own (some of its fields may be set only once a compile), with the caller's fake mode."""
     from torch._guards import TracingContext, tracing
 

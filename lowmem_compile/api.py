@@ -42,8 +42,9 @@ def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] 
 
     Args:
         model: an unmodified module or function.
-        inputs: one batch, as in a call; ``kwargs`` likewise.
+        inputs: one batch, as in a call.
         options: as for ``torch.compile(..., backend="lowmem", options=...)``.
+        **kwargs: the arguments of the call that are given by name.
 
     Raises:
         OptionError: unknown or ill-typed option.

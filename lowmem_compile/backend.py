@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx
 
-import lowmem_compile
 from lowmem_compile._torch import (
     CustomPartitionerFn,
     StableDecompositions,
@@ -75,7 +74,7 @@ def lowmem(
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
-    compiled = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more)
     return entry.wrap(compiled)
 
 
@@ -117,7 +116,7 @@ class StopHere(Exception):  # noqa: N818
 def count_baseline(gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any]) -> dict[str, Partition]:
     """What Inductor would save for the graph before any of our passes touched it."""
     counter = Counter()
-    with own_tracing_context(example_inputs, gm), torch.enable_grad(), contextlib.suppress(StopHere):
+    with own_tracing_context(example_inputs), torch.enable_grad(), contextlib.suppress(StopHere):
         compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": counter, "force_disable_caches": True})
     return counter.partitions
 

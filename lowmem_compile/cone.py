@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 
 CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as"}
@@ -115,8 +115,11 @@ def leaf_of(nodes: Iterable[fx.Node]) -> fx.Node:
     return next(i for n in inside for i in n.all_input_nodes if i not in inside)
 
 
-def evaluate(nodes: list[fx.Node], leaf: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    """Run the cone with ``leaf`` = ``value`` (float64); casts are identities."""
+def evaluate(nodes: list[fx.Node], leaf: fx.Node, value: torch.Tensor) -> Any:
+    """Run the cone with ``leaf`` = ``value`` (float64); casts are identities.
+
+    A tensor, unless the cone computes something else.
+    """
     env: dict[fx.Node, Any] = {leaf: value}
 
     def load(item: Any) -> Any:
@@ -139,9 +142,8 @@ def scalars(nodes: list[fx.Node]) -> list[float]:
     """The Python numbers written in the cone."""
     found: list[float] = []
     for node in nodes:
-        for item in (*node.args, *node.kwargs.values()):
-            if isinstance(item, (int, float)) and not isinstance(item, bool):
-                found.append(float(item))
+        items = (*node.args, *node.kwargs.values())
+        found.extend(float(i) for i in items if isinstance(i, (int, float)) and not isinstance(i, bool))
     return found
 
 

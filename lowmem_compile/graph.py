@@ -46,6 +46,53 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def tensor_value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a node that is known to compute one; ``AssertionError`` otherwise."""
+    value = tensor_of(node)
+    if value is None:
+        raise AssertionError(f"{node.name} computes no tensor")
+    return value
+
+
+def argument(node: fx.Node, index: int) -> fx.Node:
+    """A positional argument that is known to be a node; ``AssertionError`` otherwise."""
+    value = node.args[index] if index < len(node.args) else None
+    if not isinstance(value, fx.Node):
+        raise AssertionError(f"argument {index} of {node.name} is {value!r}, not a node")
+    return value
+
+
+def optional_argument(node: fx.Node, index: int, name: str) -> fx.Node | None:
+    """An argument that is a node, given by position or by name, or ``None``; ``AssertionError`` otherwise."""
+    value = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+    if value is not None and not isinstance(value, fx.Node):
+        raise AssertionError(f"argument {name} of {node.name} is {value!r}, not a node")
+    return value
+
+
+def output_values(graph: fx.Graph) -> tuple[Any, ...]:
+    """What the graph returns, in order."""
+    values = graph.output_node().args[0]
+    if not isinstance(values, (tuple, list)):
+        raise AssertionError(f"the graph returns {values!r}, not a tuple")
+    return tuple(values)
+
+
+def sizes(value: torch.Tensor) -> tuple[int | torch.SymInt, ...]:
+    """The shape of a fake tensor; torch's annotation leaves out that sizes may be symbolic."""
+    return tuple(value.shape)
+
+
+def shape_names(value: torch.Tensor) -> tuple[int | str, ...]:
+    """The shape as it is shown: a number for each static size, a formula for each symbolic one."""
+    return tuple(size if isinstance(size, int) else str(size) for size in sizes(value))
+
+
+def is_static(size: int | torch.SymInt, number: int) -> bool:
+    """Whether a size, stride or offset is this very number; a symbolic one is not, and no guard is added."""
+    return isinstance(size, int) and size == number
+
+
 def concrete(value: Any) -> int:
     """An ``int`` for a possibly symbolic size (the size hint of the traced call)."""
     return int(optimization_hint(value, fallback=4096)) if isinstance(value, torch.SymInt) else int(value)
@@ -66,7 +113,7 @@ def nbytes(node: fx.Node) -> int:
 def sympy_numel(value: torch.Tensor) -> sympy.Expr:
     """Number of elements as a formula: symbols stand for dynamic sizes."""
     product: sympy.Expr = sympy.Integer(1)
-    for size in value.shape:
+    for size in sizes(value):
         product *= size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
     return product
 
@@ -179,7 +226,10 @@ def replace_and_erase(graph: fx.Graph, node: fx.Node, new: Any) -> None:
         for user in list(node.users):
             if user.target is not operator.getitem:
                 raise AssertionError(f"{user.name} reads the tuple {node.name} whole")
-            part = new[user.args[1]]
+            index = user.args[1]
+            if not isinstance(index, int):
+                raise AssertionError(f"{user.name} reads {node.name} at {index!r}")
+            part = new[index]
             if part is not None:
                 user.replace_all_uses_with(part)
             graph.erase_node(user)

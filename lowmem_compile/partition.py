@@ -37,7 +37,7 @@ from lowmem_compile.saved import Partition
 log = logging.getLogger(__name__)
 
 KEPT_WHOLE = tuple(ACTIVATIONS)
-OWN_OPS = {
+OWN_OPS: dict[str, Callable[..., Any]] = {
     "lowmem.normalize.default": normalize_reference,
     "lowmem.normalize_backward.default": normalize_backward_reference,
 }

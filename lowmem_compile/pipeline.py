@@ -143,7 +143,7 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
 
     try:
         GraphTransformObserver(gm, f"lowmem_{p.name}", SUBSYSTEM[p.stage]).apply_graph_pass(body)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         where = recorder.dump_dir if recorder is not None and recorder.dump_dir is not None else "set options['dump'] to keep the graphs"
         message = (
             f"lowmem: pass {p.name!r} failed and was left out of this graph ({type(error).__name__}: {error}). "

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lowmem_compile.graph import module_path, nbytes, source_line, storage_root, tensor_of
-from lowmem_compile.reporting.model import SavedTensor
+from lowmem_compile.graph import (
+    is_static,
+    module_path,
+    nbytes,
+    output_values,
+    shape_names,
+    source_line,
+    storage_root,
+    tensor_of,
+)
+from lowmem_compile.reporting.model import Kind, SavedTensor
 
 
 @dataclass(frozen=True)
@@ -21,12 +30,12 @@ class Partition:
 
     def saved_nodes(self) -> list[fx.Node]:
         """Tensors the forward graph hands to the backward graph, in order (inputs included)."""
-        outputs = self.forward.graph.output_node().args[0]
+        outputs = output_values(self.forward.graph)
         return [n for n in outputs[self.num_user_outputs :] if isinstance(n, fx.Node) and tensor_of(n) is not None]
 
     def user_outputs(self) -> set[fx.Node]:
         """The forward graph's own outputs."""
-        outputs = self.forward.graph.output_node().args[0]
+        outputs = output_values(self.forward.graph)
         return {n for n in outputs[: self.num_user_outputs] if isinstance(n, fx.Node)}
 
     def kept(self) -> list[fx.Node]:
@@ -53,7 +62,7 @@ def describe(node: fx.Node) -> SavedTensor:
     return SavedTensor(
         name=node.name,
         op=str(node.target),
-        shape=tuple(int(s) if isinstance(s, int) else str(s) for s in value.shape),
+        shape=shape_names(value),
         dtype=str(value.dtype).removeprefix("torch."),
         nbytes=nbytes(node),
         module=module_path(node),
@@ -63,7 +72,7 @@ def describe(node: fx.Node) -> SavedTensor:
     )
 
 
-def kind_of(node: fx.Node, value: torch.Tensor) -> str:
+def kind_of(node: fx.Node, value: torch.Tensor) -> Kind:
     """Activation, statistic, mask, weight copy, index or random state."""
     if value.dtype == torch.bool or node.meta.get("lowmem_kind") == "1-bit mask":
         return "mask"
@@ -73,7 +82,7 @@ def kind_of(node: fx.Node, value: torch.Tensor) -> str:
         return "index"
     if all(_from_parameter(i) for i in node.all_input_nodes) and node.all_input_nodes:
         return "weight copy"
-    if value.dim() and isinstance(value.shape[-1], int) and value.shape[-1] == 1:
+    if value.dim() and is_static(value.shape[-1], 1):
         return "statistic"
     return "activation"
 

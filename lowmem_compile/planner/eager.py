@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from lowmem_compile._torch import FakeTensor, FakeTensorMode
-from lowmem_compile.graph import concrete, module_path, source_line
-from lowmem_compile.reporting.model import SavedTensor, TimelinePoint
+from lowmem_compile.graph import concrete, is_static, module_path, shape_names, source_line
+from lowmem_compile.reporting.model import Kind, SavedTensor, TimelinePoint
 
 
 def eager_memory(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[tuple[SavedTensor, ...], tuple[TimelinePoint, ...]]:
@@ -84,17 +84,17 @@ class _Recording(fx.Interpreter):
             self.seen.add(key)
             self.keep.append(tensor)
             statistic = tensor.dim() > 0 and tensor.shape[-1] == 1
-            kind = "mask" if tensor.dtype == torch.bool else "statistic" if statistic else "activation"
+            kind: Kind = "mask" if tensor.dtype == torch.bool else "statistic" if statistic else "activation"
             self.rows.append(
                 SavedTensor(
                     name=node.name,
                     op=str(getattr(node.target, "__name__", node.target)),
-                    shape=tuple(int(s) if isinstance(s, int) else str(s) for s in tensor.shape),
+                    shape=shape_names(tensor),
                     dtype=str(tensor.dtype).removeprefix("torch."),
                     nbytes=_storage_bytes(tensor),
                     module=module_path(node),
                     source=source_line(node),
-                    kind=kind if tensor.dtype.is_floating_point or kind == "mask" else "index",  # type: ignore[arg-type]
+                    kind=kind if tensor.dtype.is_floating_point or kind == "mask" else "index",
                     decision="exact",
                 )
             )
@@ -123,4 +123,4 @@ def _storage_bytes(tensor: torch.Tensor) -> int:
 
 
 def _overlapping(tensor: torch.Tensor) -> bool:
-    return any(stride == 0 for stride in tensor.stride() if isinstance(stride, int))
+    return any(is_static(stride, 0) for stride in tensor.stride())
