@@ -16,6 +16,7 @@ Numerics class: APPROXIMATE. Source: LowMemoryBP (ICML 2024), eq. 13–16; FewBi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -24,12 +25,21 @@ from torch import fx
 
 from lowmem_compile._torch import select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.graph import replace_and_erase, splice, sympy_numel, tensor_of
+from lowmem_compile.graph import (
+    argument,
+    is_static,
+    replace_and_erase,
+    sizes,
+    splice,
+    sympy_numel,
+    tensor_of,
+    tensor_value,
+)
 from lowmem_compile.kernels.activation_codes.tables import StepTable, step_table
 
 aten = torch.ops.aten
 
-ACTIVATIONS = {
+ACTIVATIONS: Mapping[Any, str] = {
     aten.gelu_backward.default: "gelu",
     aten.silu_backward.default: "silu",
     aten.mish_backward.default: "mish",
@@ -48,7 +58,7 @@ def pack(h: torch.Tensor, thresholds: tuple[float, ...]) -> torch.Tensor:
     flat = h.reshape(-1)
     length = (flat.numel() + runs - 1) // runs
     pad = runs * length - flat.numel()
-    if not (isinstance(pad, int) and pad == 0):
+    if not is_static(pad, 0):
         flat = aten.constant_pad_nd(flat, [0, pad])
     value = flat.view(runs, length).to(torch.float32)
     code = torch.where(value > thresholds[0], 1.0, 0.0)
@@ -118,7 +128,7 @@ class ApproximateActivation:
 
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
         node = match.node
-        grad, h = node.args[0], node.args[1]
+        grad, h = argument(node, 0), argument(node, 1)
         table = table_of(match.info, ctx)
         decompositions = dict(select_decomp_table())
         after_h = h.next
@@ -152,17 +162,17 @@ class ApproximateActivation:
 
     def displaced(self, match: Match) -> list[fx.Node]:
         """The tensors that need not be saved any more if the rewrite pays."""
-        return [match.node.args[1]]
+        return [argument(match.node, 1)]
 
     def site_class(self, match: Match) -> tuple[Any, ...]:
         """Sites that the partitioner treats alike."""
-        value = match.node.args[1].meta["val"]
+        value = tensor_value(argument(match.node, 1))
         return (self.name, match.info, tuple(map(str, value.shape)), str(value.dtype))
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
-        value = match.node.args[1].meta["val"]
+        value = tensor_value(argument(match.node, 1))
         elements = sympy_numel(value)
-        last = value.shape[-1]
+        last = sizes(value)[-1]
         rows = elements / (last.node.expr if isinstance(last, torch.SymInt) else sympy.Integer(max(int(last), 1)))
         return elements * value.element_size() - sympy.ceiling(elements * table_of(match.info, ctx).bits / 8) - 4 * rows
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.graph import emit, sympy_numel, tensor_of
+from lowmem_compile.graph import argument, emit, optional_argument, sympy_numel, tensor_of, tensor_value
 from lowmem_compile.kernels.linear_cross_entropy import linear_cross_entropy
 
 LINEARS = (F.linear, torch._C._nn.linear)
@@ -74,7 +74,7 @@ class ChunkLoss:
         target = tensor_of(head.target)
         if weighted or target is None or target.dtype != torch.int64 or head.given.get("reduction", "mean") == "none":
             return Decline("LM208", "class weights, soft targets and reduction='none' are not supported")
-        logits, hidden = tensor_of(head.linear), tensor_of(head.linear.args[0])
+        logits, hidden = tensor_of(head.linear), tensor_of(argument(head.linear, 0))
         if logits is None or hidden is None or logits.dtype == torch.float16:
             return Decline("LM208", "float16 gradients of a whole batch may overflow")
         shapes = [v.shape for n in head.chain if (v := tensor_of(n)) is not None]
@@ -94,14 +94,14 @@ class ChunkLoss:
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
         head: Head = match.info
         root = match.node
-        h, weight = head.linear.args[0], head.linear.args[1]
-        bias = head.linear.args[2] if len(head.linear.args) > 2 else head.linear.kwargs.get("bias")
-        dtype = ctx.facts.get("autocast", {}).get(head.linear, tensor_of(h).dtype)
-        vocabulary, width = tensor_of(weight).shape
+        h, weight = argument(head.linear, 0), argument(head.linear, 1)
+        bias = optional_argument(head.linear, 2, "bias")
+        dtype = ctx.facts.get("autocast", {}).get(head.linear, tensor_value(h).dtype)
+        _, width = tensor_value(weight).shape
         with graph.inserting_before(root):
 
-            def cast(node: fx.Node | None) -> fx.Node | None:
-                if node is None or tensor_of(node).dtype == dtype:
+            def cast(node: fx.Node) -> fx.Node:
+                if tensor_value(node).dtype == dtype:
                     return node
                 return emit(graph, "to", (node, dtype), like=head.linear)
 
@@ -115,23 +115,24 @@ class ChunkLoss:
             h = emit(graph, "reshape", (h, -1, width), like=head.linear)
             target = emit(graph, "reshape", (head.target, -1), like=root)
             ignore = head.given.get("ignore_index", -100)
-            want = any(t is not None and tensor_of(t).requires_grad for t in (weight, bias))
-            args = (h, cast(weight), cast(bias), target, ignore, float(head.given.get("label_smoothing", 0.0)), want)
+            want = any(t is not None and tensor_value(t).requires_grad for t in (weight, bias))
+            smoothing = float(head.given.get("label_smoothing", 0.0))
+            args = (h, cast(weight), None if bias is None else cast(bias), target, ignore, smoothing, want)
             both = emit(graph, linear_cross_entropy._opoverload, args, like=head.linear)
             loss = emit(graph, operator.getitem, (both, 0), like=head.linear)
             if head.given.get("reduction", "mean") == "mean":
                 valid = emit(graph, torch.ne, (target, ignore), like=root)
                 loss = emit(graph, torch.div, (loss, emit(graph, "sum", (valid,), like=root)), like=root)
-            if tensor_of(root).dtype != tensor_of(loss).dtype:
-                loss = emit(graph, "to", (loss, tensor_of(root).dtype), like=root)
+            if tensor_value(root).dtype != tensor_value(loss).dtype:
+                loss = emit(graph, "to", (loss, tensor_value(root).dtype), like=root)
         root.replace_all_uses_with(loss)
         for node in (root, *reversed(head.chain), head.linear):
             graph.erase_node(node)
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         head: Head = match.info
-        logits, hidden = tensor_of(head.linear), tensor_of(head.linear.args[0])
-        weight = tensor_of(head.linear.args[1])
+        logits, hidden = tensor_of(head.linear), tensor_of(argument(head.linear, 0))
+        weight = tensor_of(argument(head.linear, 1))
         if logits is None or hidden is None or weight is None:
             return sympy.Integer(0)
         kept = sympy_numel(hidden) + (sympy_numel(weight) if weight.requires_grad else 0)

@@ -18,11 +18,19 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.graph import emit, numel, sympy_numel, tensor_of
+from lowmem_compile.graph import (
+    argument,
+    emit,
+    numel,
+    optional_argument,
+    sympy_numel,
+    tensor_of,
+    tensor_value,
+)
 
 LINEARS = (F.linear, torch._C._nn.linear)
 MULTIPLY = (operator.mul, torch.mul)
@@ -54,22 +62,21 @@ class FoldLayerScale:
             return Decline("LM303", "no gradient flows through this layer")
         if any(len(n.users) != 1 for n in (site.linear, *site.between)):
             return Decline("LM206", "the output of the linear is used elsewhere")
-        scale, weight, product = tensor_of(site.scale), tensor_of(site.linear.args[1]), tensor_of(match.node)
+        scale, weight, product = tensor_of(site.scale), tensor_of(argument(site.linear, 1)), tensor_of(match.node)
         if scale is None or weight is None or product is None or scale.shape[0] != weight.shape[0]:
             return Decline("LM206", "the vector does not scale the outputs of the linear")
         if not scale.requires_grad:
             return Decline("LM308", "the scale is frozen, so the output of the linear is not saved for it")
-        if numel(match.node) <= 2 * numel(site.linear.args[1]) // max(int(weight.shape[0]), 1):
+        if numel(match.node) <= 2 * numel(argument(site.linear, 1)) // max(int(weight.shape[0]), 1):
             return Decline("LM306", "the output is smaller than a row of the weight")
-        if tensor_of(site.linear).dtype != product.dtype and not ctx.facts.get("autocast", {}).get(site.linear):
+        if tensor_value(site.linear).dtype != product.dtype and not ctx.facts.get("autocast", {}).get(site.linear):
             return Decline("LM205", "the product changes the dtype")
         return None
 
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:  # noqa: ARG002
         site: Scaled = match.info
         linear, root = site.linear, match.node
-        weight = linear.args[1]
-        bias = linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+        weight, bias = argument(linear, 1), optional_argument(linear, 2, "bias")
         with graph.inserting_before(root):
             column = emit(graph, "unsqueeze", (site.scale, 1), like=root)
             w = _cast(graph, emit(graph, torch.mul, (weight, column), like=root), weight)
@@ -99,9 +106,10 @@ def _scaled(node: fx.Node) -> Scaled | None:
             return None
         vector = tensor_of(scale)
         between: list[fx.Node] = []
-        while value.op == "call_function" and value.target is F.dropout and value.args[1:2] == (0.0,):
-            between.append(value)
-            value = value.args[0]
-        if vector is not None and vector.dim() == 1 and value.op == "call_function" and value.target in LINEARS:
-            return Scaled(value, scale, tuple(reversed(between)))
+        source = value
+        while source.op == "call_function" and source.target is F.dropout and source.args[1:2] == (0.0,):
+            between.append(source)
+            source = argument(source, 0)
+        if vector is not None and vector.dim() == 1 and source.op == "call_function" and source.target in LINEARS:
+            return Scaled(source, scale, tuple(reversed(between)))
     return None

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 
 from lowmem_compile._torch import expose_constant
 from lowmem_compile.cone import is_cast
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.graph import emit, sympy_numel, tensor_of
+from lowmem_compile.graph import argument, emit, optional_argument, sympy_numel, tensor_of, tensor_value
 from lowmem_compile.kernels.normalize import normalize
 
 LINEARS = (F.linear, torch._C._nn.linear)
@@ -92,14 +92,16 @@ class FoldNormAffine:
             node = below
 
     def _fold(self, graph: fx.Graph, affine: Affine, linear: fx.Node, ctx: Context) -> None:
-        weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+        weight, bias = argument(linear, 1), optional_argument(linear, 2, "bias")
         inputs: dict[fx.Node, torch.Tensor] = ctx.facts.get("inputs", {})
         parts = [weight, affine.scale, affine.shift, bias]
         frozen = all(p is None or _is_frozen_parameter(inputs.get(p)) for p in parts)
+        w: fx.Node
+        b: fx.Node | None
         with graph.inserting_before(linear):
-            dtype = tensor_of(affine.output).dtype
+            dtype = tensor_value(affine.output).dtype
             x = affine.xhat
-            if tensor_of(x).dtype != dtype:
+            if tensor_value(x).dtype != dtype:
                 x = emit(graph, "to", (x, dtype), like=linear)
             if frozen:
                 w, b = self._fold_once([None if p is None else inputs[p] for p in parts], linear, ctx)
@@ -107,14 +109,14 @@ class FoldNormAffine:
                 w, b = weight, bias
                 if affine.scale is not None:
                     w = emit(graph, torch.mul, (weight, affine.scale), like=linear)
-                    if tensor_of(w).dtype != tensor_of(weight).dtype:
-                        w = emit(graph, "to", (w, tensor_of(weight).dtype), like=linear)
+                    if tensor_value(w).dtype != tensor_value(weight).dtype:
+                        w = emit(graph, "to", (w, tensor_value(weight).dtype), like=linear)
                 if affine.shift is not None:
                     b = emit(graph, torch.mul, (emit(graph, "float", (weight,), like=linear), affine.shift), like=linear)
                     b = emit(graph, "sum", (b, -1), like=linear)
                     if bias is not None:
                         b = emit(graph, torch.add, (b, bias), like=linear)
-                    b = emit(graph, "to", (b, tensor_of(weight).dtype), like=linear)
+                    b = emit(graph, "to", (b, tensor_value(weight).dtype), like=linear)
             new = emit(graph, linear.target, (x, w, b), like=linear)
         linear.replace_all_uses_with(new)
         graph.erase_node(linear)
@@ -150,7 +152,7 @@ class FoldNormAffine:
             name = f"lowmem_folded_{linear.name}_{kind}"
             expose_constant(gm, name, tensor)
             node = gm.graph.get_attr(name)
-            like = linear.args[1].meta["example_value"]
+            like = argument(linear, 1).meta["example_value"]
             with like.fake_mode:
                 node.meta = {**linear.meta, "example_value": torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)}
             nodes.append(node)

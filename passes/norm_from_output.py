@@ -23,7 +23,16 @@ from torch import fx
 
 from lowmem_compile._torch import op_types
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.graph import VIEW_OPS, backward_nodes, numel, storage_root, sympy_numel, tensor_of
+from lowmem_compile.graph import (
+    VIEW_OPS,
+    argument,
+    backward_nodes,
+    numel,
+    storage_root,
+    sympy_numel,
+    tensor_of,
+    tensor_value,
+)
 
 NORMALIZE = "lowmem.normalize.default"
 NARROW = (torch.bfloat16, torch.float16)
@@ -45,7 +54,7 @@ class NormFromOutput:
 
     def check(self, match: Match, ctx: Context) -> Decline | None:  # noqa: ARG002
         node = match.node
-        x = tensor_of(node.args[0])
+        x = tensor_of(argument(node, 0))
         xhat = _output(node, 0)
         if x is None or xhat is None or not _used_in(xhat, match.info):
             return Decline("LM303", "no gradient flows through this norm")
@@ -63,7 +72,9 @@ class NormFromOutput:
         xhat = _output(node, 0)
         if xhat is None:
             raise AssertionError(f"{node.name} lost its output between check and rewrite")
-        dtype, _ = compute_dtype(xhat, backward)
+        dtype, why = compute_dtype(xhat, backward)
+        if dtype is None:
+            raise AssertionError(f"{node.name} lost its readers between check and rewrite: {why}")
         value = xhat.meta["val"]
         cast = torch.ops.prims.convert_element_type.default
         with graph.inserting_after(xhat):
@@ -78,15 +89,15 @@ class NormFromOutput:
     def displaced(self, match: Match) -> list[fx.Node]:
         """The tensors that need not be saved any more if the rewrite pays."""
         xhat = _output(match.node, 0)
-        return [storage_root(match.node.args[0]), *([xhat] if xhat is not None else [])]
+        return [storage_root(argument(match.node, 0)), *([xhat] if xhat is not None else [])]
 
     def site_class(self, match: Match) -> tuple[Any, ...]:
         """Sites that the partitioner treats alike."""
-        value = match.node.args[0].meta["val"]
+        value = tensor_value(argument(match.node, 0))
         return (self.name, tuple(map(str, value.shape)), str(value.dtype))
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
-        value = match.node.args[0].meta["val"]
+        value = tensor_value(argument(match.node, 0))
         return sympy_numel(value) * (value.element_size() - 2)
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 
 from lowmem_compile.cone import cone, erase_unused, evaluate, is_cast, is_elementwise, leaf_of, strip_casts
@@ -90,7 +91,7 @@ class RecogniseActivation:
                 new = graph.call_function(F.silu, (leaf,))
                 made = [new]
             else:
-                kwargs = {"approximate": "tanh"} if name == "gelu_tanh" else {}
+                kwargs: dict[str, Any] = {"approximate": "tanh"} if name == "gelu_tanh" else {}
                 new = graph.call_function(F.gelu, (leaf,), kwargs)
                 made = [new]
         for node in made:
@@ -107,7 +108,7 @@ class RecogniseActivation:
 def _leaves(root: fx.Node) -> list[fx.Node]:
     """Candidate inputs x: nodes below products that are not themselves part of the cone, nearest first."""
     found: list[fx.Node] = []
-    work = [n for n in root.all_input_nodes]
+    work = list(root.all_input_nodes)
     depth = 0
     while work and depth < 24:
         node = work.pop(0)

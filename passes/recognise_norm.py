@@ -18,16 +18,29 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 
-from lowmem_compile.cone import cone, erase_unused, evaluate, is_cast, is_elementwise, is_reduction, leaf_of, scalars, sources, strip_casts
+from lowmem_compile.cone import (
+    cone,
+    erase_unused,
+    evaluate,
+    is_cast,
+    is_elementwise,
+    is_reduction,
+    leaf_of,
+    scalars,
+    sources,
+    strip_casts,
+)
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.graph import numel, tensor_of
+from lowmem_compile.graph import numel, sizes, tensor_of
 from lowmem_compile.kernels.normalize import normalize, normalize_reference
 from lowmem_compile.passes.fold_norm_affine import wanted as folding_is_wanted
 
@@ -98,8 +111,8 @@ class RecogniseNorm:
         y = root.meta["example_value"]
         made: list[tuple[fx.Node, torch.dtype]] = []
 
-        def call(target: object, *args: object, dtype: torch.dtype) -> fx.Node:
-            node = graph.call_function(target, args)  # type: ignore[arg-type]
+        def call(target: Callable[..., Any], *args: Any, dtype: torch.dtype) -> fx.Node:
+            node = graph.call_function(target, args)
             made.append((node, dtype))
             return node
 
@@ -131,7 +144,7 @@ def library_norm(node: fx.Node) -> Norm | None:
         return None
     center = node.target in (F.layer_norm, torch.layer_norm)
     names = ("input", "normalized_shape", "weight", "bias", "eps") if center else ("input", "normalized_shape", "weight", "eps")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     x = given["input"]
     value = tensor_of(x) if isinstance(x, fx.Node) else None
     if value is None:
@@ -166,7 +179,7 @@ def handwritten_norm(root: fx.Node) -> Norm | None:
         nodes = cone(root, leaf, reductions=True)
         if value is None or nodes is None or value.dim() < 1 or not any(is_reduction(n) for n in nodes):
             continue
-        size = value.shape[-1]
+        size = sizes(value)[-1]
         if not isinstance(size, int) or size < 2:
             continue
         shape = (*([2] * (value.dim() - 2)), 3, size) if value.dim() > 1 else (size,)
@@ -225,11 +238,9 @@ def _inputs(first: fx.Node) -> list[fx.Node]:
     node: fx.Node = first
     for _ in range(8):
         found.append(node)
-        if is_cast(node) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        elif is_elementwise(node) and getattr(node.target, "__name__", node.target) == "sub" and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        else:
+        subtraction = is_elementwise(node) and getattr(node.target, "__name__", node.target) == "sub"
+        if not (is_cast(node) or subtraction) or not isinstance(node.args[0], fx.Node):
             break
+        node = node.args[0]
     return found[::-1]
 
