@@ -8,9 +8,6 @@ from setuptools import find_packages, setup
 setup(
     packages=[
         *find_packages(include=["lowmem_compile", "lowmem_compile.*"]),
-        *(
-            f"lowmem_compile.{name}"
-            for name in find_packages(include=["passes", "passes.*", "kernels", "kernels.*"])
-        ),
+        *(f"lowmem_compile.{name}" for name in find_packages(include=["passes", "passes.*", "kernels", "kernels.*"])),
     ]
 )

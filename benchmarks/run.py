@@ -39,9 +39,7 @@ def run(
     modes: Annotated[str, typer.Option(help=f"Of {', '.join(MODES)}.")] = ",".join(MODES),
     variants: Annotated[str, typer.Option(help=f"Of {', '.join(VARIANTS)}.")] = ",".join(VARIANTS),
     rounds: Annotated[int, typer.Option(help="Timed training steps of each variant.", min=1)] = ROUNDS,
-    results: Annotated[Path, typer.Option(help="JSON-lines file of finished cells.")] = Path(
-        ".cache/bench/cells.jsonl"
-    ),
+    results: Annotated[Path, typer.Option(help="JSON-lines file of finished cells.")] = Path(".cache/bench/cells.jsonl"),
     output: Annotated[Path | None, typer.Option(help="Write the Markdown here too.")] = None,
     *,
     again: Annotated[bool, typer.Option(help="Measure cells anew that are in the file.")] = False,

@@ -101,7 +101,9 @@ class Counter(CustomPartitionerFn):
     def __deepcopy__(self, memo: Any) -> Counter:
         return self
 
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.partitions = stock_partitions(gm, joint_inputs, kwargs)
         raise StopHere
 
@@ -130,7 +132,9 @@ class Partitioner(CustomPartitionerFn):
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
 
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         ctx = Context(options=self.options, device=self.device)
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)

@@ -28,22 +28,16 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Train with less memory: torch.compile(model, backend="lowmem")."""
 
 
 @app.command("demo")
 def demo_command(
-    models: Annotated[
-        str, typer.Option(help="Comma-separated: minilm, smollm2, albert, dinov2, ...")
-    ] = "minilm,smollm2",
+    models: Annotated[str, typer.Option(help="Comma-separated: minilm, smollm2, albert, dinov2, ...")] = "minilm,smollm2",
     steps: Annotated[int, typer.Option(help="Training steps of each variant.", min=1)] = 5,
-    layers: Annotated[
-        int | None, typer.Option(help="Blocks of each model; 0 for all. SmolLM2: 6 unless given.")
-    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks of each model; 0 for all. SmolLM2: 6 unless given.")] = None,
     precision: Annotated[str, typer.Option(help="bf16, autocast or fp32.")] = "autocast",
     mode: Annotated[str, typer.Option(help="full, qv (LoRA on q,v) or all (LoRA on all linears).")] = "full",
     output: Annotated[Path, typer.Option(help="Folder for the HTML reports.")] = Path("lowmem-demo"),

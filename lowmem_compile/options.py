@@ -73,9 +73,7 @@ class Options:
 
             unknown = sorted(set(self.disable) - set(pass_names()))
             if unknown:
-                raise OptionError(
-                    f"options['disable'] names unknown passes {unknown}; the passes are {', '.join(pass_names())}"
-                )
+                raise OptionError(f"options['disable'] names unknown passes {unknown}; the passes are {', '.join(pass_names())}")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any] | None) -> Options:

@@ -81,7 +81,9 @@ def stock_partitions(gm: fx.GraphModule, joint_inputs: Any, kwargs: dict[str, An
     return partitions
 
 
-def partition_joint(gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorder: Recorder, kwargs: dict[str, Any]) -> Candidates:
+def partition_joint(
+    gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorder: Recorder, kwargs: dict[str, Any]
+) -> Candidates:
     """Partition a joint graph (see the module docstring)."""
     for node, index in zip(placeholders(gm.graph), range(len(gm.graph.nodes)), strict=False):
         node.meta["lowmem_static"] = index in (kwargs.get("static_lifetime_input_indices") or ())
@@ -124,7 +126,9 @@ def declined(record: Recorder) -> Recorder:
     """A trial that was not compiled: its rewrites count as declined, its dumps are dropped."""
     reason = "with these rewrites the graph would keep more bytes, or peak higher, than Inductor's own partition"
     sites = [
-        replace(s, action="declined", code="LM300", reason=reason, bytes_before=0, bytes_after=0) if s.action == "rewritten" else s
+        replace(s, action="declined", code="LM300", reason=reason, bytes_before=0, bytes_after=0)
+        if s.action == "rewritten"
+        else s
         for s in record.sites
     ]
     runs = [replace(r, rewritten=0, declined=r.matched) for r in record.runs]
@@ -137,7 +141,9 @@ def _pays(rewrite: Rewrite, trial: Partition) -> bool:
     return not rewrite.displaced & kept
 
 
-def _classes_that_do_not_pay(rewritten: list[Rewrite], skip: set[str], bytes_without: Callable[[frozenset[str]], int]) -> set[str]:
+def _classes_that_do_not_pay(
+    rewritten: list[Rewrite], skip: set[str], bytes_without: Callable[[frozenset[str]], int]
+) -> set[str]:
     """Leave out each class of alike sites in turn; a class without which no more bytes are saved is dropped."""
     classes: dict[Any, set[str]] = {}
     for rewrite in rewritten:

@@ -144,7 +144,11 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
     try:
         GraphTransformObserver(gm, f"lowmem_{p.name}", SUBSYSTEM[p.stage]).apply_graph_pass(body)
     except Exception as error:
-        where = recorder.dump_dir if recorder is not None and recorder.dump_dir is not None else "set options['dump'] to keep the graphs"
+        where = (
+            recorder.dump_dir
+            if recorder is not None and recorder.dump_dir is not None
+            else "set options['dump'] to keep the graphs"
+        )
         message = (
             f"lowmem: pass {p.name!r} failed and was left out of this graph ({type(error).__name__}: {error}). "
             f"Graphs: {where}. Turn it off with options={{'disable': ['{p.name}']}}; options={{'strict': True}} raises."
@@ -155,7 +159,9 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
             gm.graph = backup
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         log.warning(message, exc_info=True)
-        sites = [replace(site_of(p, m, ctx, Decline("LM900", f"{type(error).__name__}: {error}")), action="failed") for m in matches]
+        sites = [
+            replace(site_of(p, m, ctx, Decline("LM900", f"{type(error).__name__}: {error}")), action="failed") for m in matches
+        ]
         done = []
     if recorder is not None:
         gm.recompile()

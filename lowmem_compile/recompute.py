@@ -86,5 +86,3 @@ def _cheap(node: fx.Node) -> bool:
     size = numel(node)
     sources = {storage_root(i) for i in node.all_input_nodes if numel(i) * 4 > size}
     return len(sources) <= 1 and all(numel(i) <= size * math.e for i in node.all_input_nodes)
-
-

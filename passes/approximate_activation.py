@@ -75,9 +75,7 @@ def poison(h: torch.Tensor) -> torch.Tensor:
     return (h.to(torch.float32) * 0.0).sum(-1, keepdim=True)
 
 
-def apply_levels(
-    grad: torch.Tensor, packed: torch.Tensor, bad: torch.Tensor, levels: tuple[float, ...]
-) -> torch.Tensor:
+def apply_levels(grad: torch.Tensor, packed: torch.Tensor, bad: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     """grad · level[code] + poison, computed in float32, in grad's dtype."""
     bits = len(levels).bit_length() - 1
     n = grad.numel()
@@ -104,11 +102,7 @@ class ApproximateActivation:
     numerics = Numerics.APPROXIMATE
 
     def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:  # noqa: ARG002
-        return [
-            Match(n, _name_of(n))
-            for n in graph.nodes
-            if n.op == "call_function" and n.target in ACTIVATIONS
-        ]
+        return [Match(n, _name_of(n)) for n in graph.nodes if n.op == "call_function" and n.target in ACTIVATIONS]
 
     def check(self, match: Match, ctx: Context) -> Decline | None:
         node, name = match.node, match.info

@@ -121,9 +121,7 @@ class FoldNormAffine:
         linear.replace_all_uses_with(new)
         graph.erase_node(linear)
 
-    def _fold_once(
-        self, parts: list[torch.Tensor | None], linear: fx.Node, ctx: Context
-    ) -> tuple[fx.Node, fx.Node | None]:
+    def _fold_once(self, parts: list[torch.Tensor | None], linear: fx.Node, ctx: Context) -> tuple[fx.Node, fx.Node | None]:
         weight, scale, shift, bias = parts
         if weight is None:
             raise AssertionError("a linear without a weight")

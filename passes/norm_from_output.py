@@ -59,9 +59,7 @@ class NormFromOutput:
         if x is None or xhat is None or not _used_in(xhat, match.info):
             return Decline("LM303", "no gradient flows through this norm")
         if x.element_size() <= 2:
-            return Decline(
-                "LM301", f"the input ({_short(x.dtype)}) is no wider than the compute dtype; recomputing is as small"
-            )
+            return Decline("LM301", f"the input ({_short(x.dtype)}) is no wider than the compute dtype; recomputing is as small")
         dtype, why = compute_dtype(xhat, match.info)
         if dtype is None:
             return Decline("LM204", why)
@@ -126,9 +124,7 @@ class Rebuild:
             self.clones[node] = None
             if self.allowed(node):
                 inputs = {i: self.clone(i) for i in node.all_input_nodes}
-                if any(v is not None for v in inputs.values()) and all(
-                    v is not None or self.small(i) for i, v in inputs.items()
-                ):
+                if any(v is not None for v in inputs.values()) and all(v is not None or self.small(i) for i, v in inputs.items()):
                     with self.graph.inserting_after(node):
                         new = self.graph.node_copy(node, lambda i: inputs[i] or i)
                     new.meta = dict(node.meta)
@@ -147,10 +143,7 @@ class Rebuild:
     def small(self, node: fx.Node) -> bool:
         value = tensor_of(node)
         return (
-            value is None
-            or value.dtype == torch.bool
-            or numel(node) * 4 <= self.size
-            or storage_root(node).op == "placeholder"
+            value is None or value.dtype == torch.bool or numel(node) * 4 <= self.size or storage_root(node).op == "placeholder"
         )
 
 

@@ -18,7 +18,16 @@ from torch import fx
 
 from lowmem_compile._torch import select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.graph import numel, splice, storage_root, sympy_numel, tensor_of
+from lowmem_compile.graph import (
+    is_static,
+    numel,
+    output_values,
+    placeholders,
+    splice,
+    storage_root,
+    sympy_numel,
+    tensor_of,
+)
 
 aten = torch.ops.aten
 SMALLEST = 64
@@ -29,7 +38,7 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     flat = mask.reshape(-1).to(torch.float32)
     eighth = (flat.numel() + 7) // 8
     pad = 8 * eighth - flat.numel()
-    if not (isinstance(pad, int) and pad == 0):
+    if not is_static(pad, 0):
         flat = aten.constant_pad_nd(flat, [0, pad])
     planes = flat.view(8, eighth)
     total = planes[0]
@@ -65,6 +74,8 @@ class PackMasks:
             return Decline("LM302", "the mask is an input or an output of the graph, which is kept alive anyway")
         if numel(node) < SMALLEST or numel(storage_root(node)) < numel(node):
             return Decline("LM305", "the mask is small")
+        if sizes_in_backward(node, ctx) is None:
+            return Decline("LM203", "the backward graph has no tensor that tells the mask's dynamic size")
         return None
 
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
@@ -77,13 +88,22 @@ class PackMasks:
         packed = splice(graph, after, pack_bits, [node], like=node, decompositions=decompositions)
         packed.meta["lowmem_kind"] = "1-bit mask"
         first = ctx.facts["num_user_outputs"]
-        values = list(output.args[0])
+        values = list(output_values(graph))
         index = next(i for i in range(first, len(values)) if values[i] is node)
         values[index] = packed
         output.args = (tuple(values),)
         backward: fx.Graph = ctx.facts["backward"]
         old: fx.Node = ctx.facts["placeholder_of"][node]
-        shape = node.meta["val"].shape
+        shape, sources = node.meta["val"].shape, sizes_in_backward(node, ctx)
+        if sources is None:
+            raise AssertionError(f"the sizes of {node.name} went between check and rewrite")
+        dynamic = iter(sources)
+        where = [next(dynamic)[1] if isinstance(size, torch.SymInt) else None for size in shape]
+
+        def unpack(packed: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            given = iter(tensors)
+            return unpack_bits(packed, tuple(s if d is None else next(given).shape[d] for s, d in zip(shape, where, strict=True)))
+
         with backward.inserting_before(old):
             new = backward.placeholder(packed.name)
         new.meta = {k: v for k, v in old.meta.items() if k != "val"}
@@ -92,8 +112,8 @@ class PackMasks:
         mask = splice(
             backward,
             start,
-            lambda p: unpack_bits(p, tuple(shape)),
-            [new],
+            unpack,
+            [new, *(tensor for tensor, _ in sources)],
             like=old,
             decompositions=decompositions,
             backward=True,
@@ -104,3 +124,24 @@ class PackMasks:
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         elements = sympy_numel(match.node.meta["val"])
         return elements - sympy.ceiling(elements / 8)
+
+
+def sizes_in_backward(node: fx.Node, ctx: Context) -> list[tuple[fx.Node, int]] | None:
+    """For each dynamic dimension of a mask, an input of the backward graph and its dimension of that size.
+
+    ``None`` if a dynamic size is that of no input.
+    """
+    found: list[tuple[fx.Node, int]] = []
+    inputs = [(n, v) for n in placeholders(ctx.facts["backward"]) if (v := tensor_of(n)) is not None and v.dtype != torch.bool]
+    for size in node.meta["val"].shape:
+        if isinstance(size, torch.SymInt):
+            where = next(((n, d) for n, v in inputs for d, s in enumerate(v.shape) if same_size(s, size)), None)
+            if where is None:
+                return None
+            found.append(where)
+    return found
+
+
+def same_size(size: int | torch.SymInt, wanted: torch.SymInt) -> bool:
+    """Equal as formulas; no guard is added."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr == wanted.node.expr)

@@ -243,4 +243,3 @@ def _inputs(first: fx.Node) -> list[fx.Node]:
             break
         node = node.args[0]
     return found[::-1]
-

@@ -86,13 +86,7 @@ def passes() -> tuple[PassSource, ...]:
         for node in ast.parse(source).body:
             if not isinstance(node, ast.ClassDef):
                 continue
-            values = {
-                t.id: s.value
-                for s in node.body
-                if isinstance(s, ast.Assign)
-                for t in s.targets
-                if isinstance(t, ast.Name)
-            }
+            values = {t.id: s.value for s in node.body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}
             match values:
                 case {"name": ast.Constant(value=str(name)), "numerics": ast.Attribute(attr=numerics)}:
                     found.append(PassSource(name, numerics.lower(), declines(source)))
@@ -151,10 +145,7 @@ def test_the_index_lists_the_passes_in_their_order_with_their_class() -> None:
     listed = [(re.sub(r"\[(.*)\].*", r"\1", row[0]), row[3]) for row in table]
     classes = {p.name: p.numerics for p in passes()}
     source = (ROOT / "lowmem_compile" / "pipeline.py").read_text()
-    names = {
-        re.sub(r"(?<!^)(?=[A-Z])", "_", n).lower(): n
-        for n in re.findall(r"^    (\w+)\(\),", source, re.MULTILINE)
-    }
+    names = {re.sub(r"(?<!^)(?=[A-Z])", "_", n).lower(): n for n in re.findall(r"^    (\w+)\(\),", source, re.MULTILINE)}
     assert listed == [*((name, classes[name]) for name in names), ("recompute rules", "exact")]
 
 
@@ -191,9 +182,7 @@ def python_blocks() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "source"), python_blocks(), ids=lambda value: value if "#" in value[:80] else ""
-)
+@pytest.mark.parametrize(("name", "source"), python_blocks(), ids=lambda value: value if "#" in value[:80] else "")
 def test_python_blocks_compile_and_import_what_exists(name: str, source: str) -> None:
     compile(source, name, "exec")
     for node in ast.walk(ast.parse(source)):
@@ -237,11 +226,7 @@ def test_every_page_can_be_reached_from_the_index() -> None:
         if page in reached or page.suffix != ".md":
             continue
         reached.add(page)
-        links = [
-            link.partition("#")[0]
-            for link in LINK.findall(without_code(page.read_text()))
-            if "://" not in link
-        ]
+        links = [link.partition("#")[0] for link in LINK.findall(without_code(page.read_text())) if "://" not in link]
         todo += [(page.parent / link).resolve() for link in links if link]
     assert set(DOCS.rglob("*.md")) <= reached
 

@@ -114,9 +114,7 @@ def test_entry_points_are_declared() -> None:
 
 
 def test_torch_finds_the_backend_without_an_import_of_ours() -> None:
-    code = (
-        "import sys, torch\nprint('lowmem' in torch._dynamo.list_backends(), 'lowmem_compile' in sys.modules)"
-    )
+    code = "import sys, torch\nprint('lowmem' in torch._dynamo.list_backends(), 'lowmem_compile' in sys.modules)"
     assert run_python(code, ROOT / "tests") == "True False"
 
 
@@ -200,9 +198,7 @@ def test_nothing_imports_a_bare_passes_or_kernels() -> None:
         ("import kernels_of_others", BARE_PACKAGE, False),
     ],
 )
-def test_the_import_checks_catch_what_they_should(
-    source: str, pattern: re.Pattern[str], caught: bool
-) -> None:
+def test_the_import_checks_catch_what_they_should(source: str, pattern: re.Pattern[str], caught: bool) -> None:
     assert any(pattern.match(name) for name in modules_used(source)) is caught
 
 

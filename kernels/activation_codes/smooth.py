@@ -117,9 +117,7 @@ def _asymptote(h: sp.Expr, x: sp.Symbol, sign: int, expr: sp.Expr) -> tuple[floa
     except NotImplementedError as error:
         raise ValueError(f"sympy cannot find the asymptote of {expr} at {end}") from error
     if not _is_number(decay):
-        raise ValueError(
-            f"{expr} approaches its asymptote at {end} slower than 1/x: the squared error may not integrate"
-        )
+        raise ValueError(f"{expr} approaches its asymptote at {end} slower than 1/x: the squared error may not integrate")
     return float(slope), float(intercept)
 
 

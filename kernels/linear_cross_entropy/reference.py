@@ -20,6 +20,4 @@ def linear_cross_entropy_reference(
     """
     logits = F.linear(h, weight, bias)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return F.cross_entropy(
-        logits.to(wide), target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(logits.to(wide), target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)

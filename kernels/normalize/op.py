@@ -29,9 +29,7 @@ def normalize(x: torch.Tensor, ndim: int, eps: float, center: bool) -> tuple[tor
 
 
 @torch.library.custom_op("lowmem::normalize_backward", mutates_args=())
-def normalize_backward(
-    grad: torch.Tensor, xhat: torch.Tensor, rstd: torch.Tensor, ndim: int, center: bool
-) -> torch.Tensor:
+def normalize_backward(grad: torch.Tensor, xhat: torch.Tensor, rstd: torch.Tensor, ndim: int, center: bool) -> torch.Tensor:
     """dx of :func:`normalize` from its output; see :func:`normalize_backward_reference`."""
     return normalize_backward_reference(grad, xhat, rstd, ndim, center).contiguous()
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_compile import _torch
+from lowmem_compile.demo.data import Batch
 from lowmem_compile.demo.gradients import Gradients, compare, exact_gradients, gradients_of
 from lowmem_compile.demo.measure import peak_bytes, resident_tensors, saved_bytes
 from lowmem_compile.demo.timing import paired_ratio, round_order
@@ -104,12 +105,18 @@ class Runner:
         self.workload = workload
         self.model = copy.deepcopy(workload.model)
         with variant.active():
-            self.call = variant.prepare(self.model)
+            self.call = variant.prepare(self.model, function=self.loss_of)
         self.optimizer = torch.optim.AdamW(workload.parameters(self.model).values(), lr=learning_rate)
 
     def forward(self, index: int = 0) -> tuple[Tensor, Tensor]:
-        """Loss and output of a batch; call it inside ``variant.active()``."""
-        return self.workload.forward(self.call, self.workload.batches[index])
+        """Loss of a batch, twice (it is all that a training step returns); call it inside ``variant.active()``."""
+        with self.workload.autocast():
+            loss = self.call(self.workload.batches[index])
+        return loss, loss
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Model and loss: the function that every variant compiles, so that logits are returned by none."""
+        return self.workload.loss_fn(self.model(**batch), batch)
 
     def step(self, index: int = 0) -> tuple[float, float]:
         """One forward and backward pass; seconds and loss."""
@@ -192,9 +199,7 @@ class _noting_failure:  # noqa: N801
         return True
 
 
-def _measure_alone(
-    runner: Runner, result: VariantResult, exact: Gradients, baseline: Tensor | None
-) -> Tensor:
+def _measure_alone(runner: Runner, result: VariantResult, exact: Gradients, baseline: Tensor | None) -> Tensor:
     """Fill in bytes, gradients and output difference at the initial weights; returns the output."""
     result.compile_seconds, result.loss = runner.step()
     runner.optimizer.zero_grad(set_to_none=True)

@@ -82,9 +82,7 @@ def paragraphs() -> tuple[tuple[str, ...], ...]:
     by_topic = []
     for name in sorted(topics):
         blocks = (re.sub(r"\s+", " ", block).strip() for block in re.split(r"\n\s*\n", topics[name]))
-        prose = tuple(
-            b for b in blocks if len(b) >= 80 and sum(c.isalpha() or c == " " for c in b) > 0.85 * len(b)
-        )
+        prose = tuple(b for b in blocks if len(b) >= 80 and sum(c.isalpha() or c == " " for c in b) > 0.85 * len(b))
         if len(prose) > 1:
             by_topic.append(prose)
     return tuple(by_topic)
@@ -106,9 +104,7 @@ def text_pair_batches(tokenizer: Any, *, rows: int, length: int, count: int) -> 
     pairs = list(itertools.chain.from_iterable(zip(p[::2], p[1::2], strict=False) for p in paragraphs()))
     half = rows // 2
     if half * count > len(pairs):
-        raise ValueError(
-            f"{half * count} pairs asked, the text has {len(pairs)}: ask for fewer or smaller batches"
-        )
+        raise ValueError(f"{half * count} pairs asked, the text has {len(pairs)}: ask for fewer or smaller batches")
     batches = []
     for i in range(count):
         chosen = pairs[i * half : (i + 1) * half]
@@ -171,9 +167,7 @@ def digit_batches(*, rows: int, size: int, count: int) -> list[Batch]:
     for i in range(count):
         part = slice(i * rows, (i + 1) * rows)
         large = F.interpolate(images[part], size=(size, size), mode="bilinear", antialias=False)
-        batches.append(
-            {"pixel_values": large.expand(-1, 3, -1, -1).contiguous(), "labels": labels[part].long()}
-        )
+        batches.append({"pixel_values": large.expand(-1, 3, -1, -1).contiguous(), "labels": labels[part].long()})
     return batches
 
 

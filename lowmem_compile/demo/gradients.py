@@ -41,7 +41,7 @@ def gradients_of(model: nn.Module) -> Gradients:
 
 def exact_gradients(workload: Workload) -> Gradients:
     """Gradients of the first batch's loss: the workload's weights widened to float32, eager, no autocast."""
-    model = copy.deepcopy(workload.model).float()
+    model = nn.Module.float(copy.deepcopy(workload.model))  # past a guard of models loaded from GGUF
     batch = {k: v.float() if v.is_floating_point() else v for k, v in workload.batches[0].items()}
     workload.loss_fn(model(**batch), batch).backward()
     return gradients_of(model)
@@ -59,14 +59,10 @@ def compare(measured: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Grad
     measured_sq = {k: float(g.double().square().sum()) for k, g in measured.items()}
     exact_sq = {k: float(g.double().square().sum()) for k, g in exact.items()}
     dot, m2, e2 = sum(dots.values()), sum(measured_sq.values()), sum(exact_sq.values())
-    relevant = {
-        k: _cosine(dots[k], measured_sq[k], exact_sq[k]) for k in exact if not exact_sq[k] < 1e-6 * e2
-    }
+    relevant = {k: _cosine(dots[k], measured_sq[k], exact_sq[k]) for k in exact if not exact_sq[k] < 1e-6 * e2}
     worst = min(relevant, key=lambda k: -math.inf if math.isnan(relevant[k]) else relevant[k])
     difference = sum(float((measured[k].double() - g.double()).square().sum()) for k, g in exact.items())
-    return GradientError(
-        _cosine(dot, m2, e2), math.sqrt(difference / e2) if e2 else math.nan, relevant[worst], worst
-    )
+    return GradientError(_cosine(dot, m2, e2), math.sqrt(difference / e2) if e2 else math.nan, relevant[worst], worst)
 
 
 def _cosine(dot: float, a_squared: float, b_squared: float) -> float:

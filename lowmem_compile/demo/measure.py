@@ -111,9 +111,7 @@ def resident_tensors(model: nn.Module, batch: Iterable[Tensor]) -> list[Tensor]:
     return [*model.parameters(), *model.buffers(), *batch]
 
 
-def peak_bytes(
-    forward: Callable[[], Tensor], backward: Callable[[Tensor], Any] = torch.Tensor.backward
-) -> PeakBytes:
+def peak_bytes(forward: Callable[[], Tensor], backward: Callable[[Tensor], Any] = torch.Tensor.backward) -> PeakBytes:
     """Run one step under the profiler and add up every allocation and release of the CPU allocator.
 
     ``forward`` returns the loss. Compile (call it once) and clear the gradients before measuring; releases of

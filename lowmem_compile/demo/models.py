@@ -90,16 +90,12 @@ def load(
     )
 
 
-def _random(
-    model_class: str, config_class: str, cut: Callable[[int], dict[str, Any]], **settings: Any
-) -> Any:
+def _random(model_class: str, config_class: str, cut: Callable[[int], dict[str, Any]], **settings: Any) -> Any:
     """A builder of a model with random weights; ``cut`` gives the settings of a model of so many layers."""
 
     def build(*, layers: int | None, keep_dropout: bool) -> nn.Module:
         transformers = require("transformers")
-        config = getattr(transformers, config_class)(
-            **settings, **(cut(layers) if layers is not None else {})
-        )
+        config = getattr(transformers, config_class)(**settings, **(cut(layers) if layers is not None else {}))
         if not keep_dropout:
             weights.without_dropout(config)
         with quiet():

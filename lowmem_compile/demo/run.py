@@ -114,7 +114,7 @@ def _one_model(
     for variant in cell.variants:
         if variant.error is not None:
             raise LowMemError(f"{variant.label} failed on {name}:\n{variant.error}")
-    html = write_html(report(runners["lowmem"].call), folder / f"{name}.html")
+    html = write_html(report(runners["lowmem"].model), folder / f"{name}.html")
     console.print(_table(cell))
     console.print(_sentence(cell))
     console.print(f"What was kept, what went, and why: [link={html.resolve().as_uri()}]{html}[/link]\n")
@@ -124,9 +124,7 @@ def _one_model(
 def _introduction(workload: Workload) -> str:
     blocks: int = workload.model.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     lines = [_ABOUT.get(workload.name, workload.title)]
-    size = (
-        f"{blocks} layers, {workload.tokens} tokens a step, {workload.precision}, {workload.mode} fine-tuning"
-    )
+    size = f"{blocks} layers, {workload.tokens} tokens a step, {workload.precision}, {workload.mode} fine-tuning"
     if workload.whole_layers is not None and blocks < workload.whole_layers:
         size += f" (cut from {workload.whole_layers} layers to keep the demo short, so its loss starts high)"
     return "\n".join([*lines, f"  {size}"])

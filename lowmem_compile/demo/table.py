@@ -68,10 +68,7 @@ def cell_table(cell: CellResult) -> str:
     base = cell.variant(BASELINE)
     for v in cell.variants:
         if v.error is not None:
-            lines.append(
-                f"| {v.label} | failed: {v.error.strip().splitlines()[-1][:120]} |"
-                + " |" * (len(_COLUMNS) - 2)
-            )
+            lines.append(f"| {v.label} | failed: {v.error.strip().splitlines()[-1][:120]} |" + " |" * (len(_COLUMNS) - 2))
             continue
         columns = (
             v.label,
@@ -91,9 +88,7 @@ def cell_table(cell: CellResult) -> str:
     return "\n".join(lines)
 
 
-def overview(
-    cells: Sequence[CellResult], title: str, show: Callable[[CellResult, VariantResult], str]
-) -> str:
+def overview(cells: Sequence[CellResult], title: str, show: Callable[[CellResult, VariantResult], str]) -> str:
     """One figure of all cells: a row for each cell, a column for each variant that any cell has."""
     present = [v for v in VARIANTS.values() if any(c.variant(v.name) for c in cells)]
     lines = [
@@ -114,9 +109,7 @@ def overviews(cells: Sequence[CellResult]) -> str:
     return "\n\n".join(
         (
             overview(cells, "Bytes saved for backward, of Inductor's", lambda c, v: _of_base(c, v, "saved")),
-            overview(
-                cells, "Peak bytes of a step (allocator), of Inductor's", lambda c, v: _of_base(c, v, "peak")
-            ),
+            overview(cells, "Peak bytes of a step (allocator), of Inductor's", lambda c, v: _of_base(c, v, "peak")),
             overview(
                 cells,
                 "Step time, of Inductor's: median of paired ratios [90 % interval]",
@@ -127,9 +120,7 @@ def overviews(cells: Sequence[CellResult]) -> str:
                 "Gradient cosine / relative error against float32, eager",
                 lambda _, v: f"{_number(v.cosine, 5)} / {_number(v.relative_error, 4)}",
             ),
-            overview(
-                cells, "Loss after training", lambda _, v: _number(v.losses[-1] if v.losses else None, 4)
-            ),
+            overview(cells, "Loss after training", lambda _, v: _number(v.losses[-1] if v.losses else None, 4)),
         )
     )
 
@@ -141,12 +132,8 @@ def bars() -> list[Bar]:
         Bar("saved, GELU, full, bf16: at most 0.66 of Inductor", 0.66, _saved(gelu, {"full"}, "bf16")),
         Bar("saved, GELU, LoRA, bf16: at most 0.64 of Inductor", 0.64, _saved(gelu, {"qv", "all"}, "bf16")),
         Bar("saved, SwiGLU, full, bf16: at most 0.71 of Inductor", 0.71, _saved(swiglu, {"full"}, "bf16")),
-        Bar(
-            "saved, SwiGLU, LoRA, bf16: at most 0.85 of Inductor", 0.85, _saved(swiglu, {"qv", "all"}, "bf16")
-        ),
-        Bar(
-            "saved, autocast: at most 0.60 of Inductor", 0.60, _saved(gelu | swiglu, set(_MODES), "autocast")
-        ),
+        Bar("saved, SwiGLU, LoRA, bf16: at most 0.85 of Inductor", 0.85, _saved(swiglu, {"qv", "all"}, "bf16")),
+        Bar("saved, autocast: at most 0.60 of Inductor", 0.60, _saved(gelu | swiglu, set(_MODES), "autocast")),
         Bar("peak: below Inductor", 0.99999, lambda c: _against(c, "peak", BASELINE)),
         Bar("peak: below eager", 0.99999, lambda c: _against(c, "peak", "eager")),
         Bar("step time: at most 1.02 of Inductor", 1.02, lambda c: _figure(c, "lowmem", "ratio")),
@@ -179,9 +166,7 @@ def check(cells: Sequence[CellResult], asked: Sequence[Bar] | None = None) -> st
         figures = [value for _, value in values]
         worst = math.nan if any(map(math.isnan, figures)) else (min if bar.at_least else max)(figures)
         where = "; ".join(f"{cell.key} ({value:.4g})" for cell, value in missed)
-        lines.append(
-            f"| {bar.asked} | {worst:.4g} | {len(values) - len(missed)} of {len(values)} | {where} |"
-        )
+        lines.append(f"| {bar.asked} | {worst:.4g} | {len(values) - len(missed)} of {len(values)} | {where} |")
     return "\n".join(lines)
 
 
@@ -202,11 +187,7 @@ def rivals_ahead(cells: Sequence[CellResult]) -> str:
             continue
         for name in _RIVALS:
             rival = cell.variant(name)
-            if (
-                rival is None
-                or rival.error
-                or not (_less(rival.saved, ours.saved) or _less(rival.peak, ours.peak))
-            ):
+            if rival is None or rival.error or not (_less(rival.saved, ours.saved) or _less(rival.peak, ours.peak)):
                 continue
             equal = rival.ratio_low is not None and rival.ratio_low <= (ours.ratio_high or 0)
             row = (

@@ -73,23 +73,29 @@ class Variant:
         ):
             yield
 
-    def prepare(self, model: nn.Module, observe: Callable[[], None] | None = None) -> Callable[..., Any]:
-        """Make ``model`` train this way and return what to call.
+    def prepare(
+        self,
+        model: nn.Module,
+        observe: Callable[[], None] | None = None,
+        function: Callable[..., Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Make ``model`` train this way and return what to call: ``function`` (of the model), or the model itself.
 
         ``model`` must be this variant's own copy: gradient checkpointing is switched on in place.
         ``observe``, a hook for tests, is called whenever Inductor compiles a forward or backward graph (kind
         ``"inductor"`` only).
         """
+        target = model if function is None else function
         if self.kind == "checkpointing":
             _checkpoint(model)
         elif self.kind == "inductor":
             # A backend object of its own: Dynamo would take one variant's code for another's, were both
             # compiled with the same one, because configuration of functorch and Inductor is no part of its
             # guards.
-            return torch.compile(model, backend=_torch.own_inductor(observe))
+            return torch.compile(target, backend=_torch.own_inductor(observe))
         elif self.kind == "lowmem":
-            return torch.compile(model, backend="lowmem", options=dict(self.options))
-        return model
+            return torch.compile(target, backend="lowmem", options=dict(self.options))
+        return target
 
 
 def _checkpoint(model: nn.Module) -> None:

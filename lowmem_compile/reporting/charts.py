@@ -60,9 +60,9 @@ def saved_bars(graph: GraphReport) -> Markup:
 
 def _segment(kind: str, nbytes: int, x: float, y: float, width: float, thick: float) -> Markup:
     title = f"{kind}: {format_bytes(nbytes)} ({exact_bytes(nbytes)})"
-    rect = Markup(
-        '<rect class="{}" x="{:.2f}" y="{}" width="{:.2f}" height="{}"><title>{}</title></rect>'
-    ).format(kind_class(kind), x, y, width, thick, title)
+    rect = Markup('<rect class="{}" x="{:.2f}" y="{}" width="{:.2f}" height="{}"><title>{}</title></rect>').format(
+        kind_class(kind), x, y, width, thick, title
+    )
     inside = f"{kind} {format_bytes(nbytes)}"
     if width < 7 * len(inside) + 12:
         return rect
@@ -171,9 +171,7 @@ def _phases(split: float, bottom: float) -> list[Markup]:
     return parts
 
 
-def _strips(
-    curves: Mapping[str, Sequence[TimelinePoint]], places: Mapping[str, Sequence[float]], bottom: float
-) -> list[Markup]:
+def _strips(curves: Mapping[str, Sequence[TimelinePoint]], places: Mapping[str, Sequence[float]], bottom: float) -> list[Markup]:
     """Return invisible strips whose tooltips say what is alive there: each curve's highest point within."""
     width = (_END - _AXIS) / _STRIPS
     highest: list[dict[str, TimelinePoint]] = [{} for _ in range(_STRIPS)]
@@ -184,18 +182,14 @@ def _strips(
                 here[name] = point
     rect = Markup('<rect class="strip" x="{:.1f}" y="{}" width="{:.2f}" height="{}"><title>{}</title></rect>')
     return [
-        rect.format(
-            _AXIS + i * width, _TOP, width, bottom - _TOP, "\n".join(_alive(*it) for it in here.items())
-        )
+        rect.format(_AXIS + i * width, _TOP, width, bottom - _TOP, "\n".join(_alive(*it) for it in here.items()))
         for i, here in enumerate(highest)
         if here
     ]
 
 
 def _alive(name: str, point: TimelinePoint) -> str:
-    return (
-        f"{CONTENDER_NAMES[name]}: {format_bytes(point.live_bytes)} in {point.phase}, {visible(point.label)}"
-    )
+    return f"{CONTENDER_NAMES[name]}: {format_bytes(point.live_bytes)} in {point.phase}, {visible(point.label)}"
 
 
 def _peaks(
@@ -214,9 +208,7 @@ def _peaks(
     rows = _spread([y for y, *_ in peaks], _TOP, bottom)
     parts = [Markup('<text class="axis" x="{}" y="{:.1f}">peak</text>').format(_END + 34, rows[0] - 14)]
     for (y, x, name, point), row in zip(peaks, rows, strict=True):
-        leader = Markup('<path class="leader" d="M{:.1f} {:.1f}H{}L{} {:.1f}"/>').format(
-            x, y, _END, _END + 28, row
-        )
+        leader = Markup('<path class="leader" d="M{:.1f} {:.1f}H{}L{} {:.1f}"/>').format(x, y, _END, _END + 28, row)
         dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4"/>').format(x, y)
         words = f"{CONTENDER_NAMES[name]} {format_bytes(point.live_bytes)}"
         label = Markup('<text x="{}" y="{:.1f}">{}</text>').format(_END + 34, row + 4.5, words)

@@ -49,14 +49,12 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM203": Reason(
         "Input of an unsupported kind",
-        "The rewrite is defined for floating-point tensors of certain dtypes, and this input is something "
-        "else.",
+        "The rewrite is defined for floating-point tensors of certain dtypes, and this input is something else.",
         "Run this part of the model in float32, bfloat16 or float16.",
     ),
     "LM204": Reason(
         "Output of the norm is not read in a narrow dtype",
-        "The rewrite needs every matrix product that reads the norm to read it in one and the same 2-byte "
-        "dtype.",
+        "The rewrite needs every matrix product that reads the norm to read it in one and the same 2-byte dtype.",
         "Train under autocast to bfloat16 or float16.",
     ),
     "LM205": Reason(
@@ -102,8 +100,7 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM302": Reason(
         "Alive anyway",
-        "The value is an input or an output of the graph, so it stays in memory whatever the backward pass "
-        "keeps.",
+        "The value is an input or an output of the graph, so it stays in memory whatever the backward pass keeps.",
         "",
     ),
     "LM303": Reason(
@@ -113,8 +110,7 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM304": Reason(
         "No linear layer reads it",
-        "The rewrite pays where a linear layer and the norm share one kept value, and no linear layer reads"
-        " this norm.",
+        "The rewrite pays where a linear layer and the norm share one kept value, and no linear layer reads this norm.",
         "",
     ),
     "LM305": Reason(
@@ -141,18 +137,15 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM900": Reason(
         "The pass raised an error",
-        "The pass stopped with an error, its changes to this graph were dropped, and the graph was compiled"
-        " without it.",
-        "Please report it with the graph dump (options={'dump': 'folder'}); options={'strict': True} raises"
-        " the error.",
+        "The pass stopped with an error, its changes to this graph were dropped, and the graph was compiled without it.",
+        "Please report it with the graph dump (options={'dump': 'folder'}); options={'strict': True} raises the error.",
     ),
 }
 
 REWRITES: Final[Mapping[str, Reason]] = {
     "recognise_activation": Reason(
         "Activation written by hand recognised",
-        "The operations that spell out an activation became the library's own operation, which keeps its "
-        "input alone.",
+        "The operations that spell out an activation became the library's own operation, which keeps its input alone.",
         "",
     ),
     "recognise_norm": Reason(
@@ -168,8 +161,7 @@ REWRITES: Final[Mapping[str, Reason]] = {
     ),
     "approximate_activation": Reason(
         "Activation input kept as codes",
-        "The backward pass reads the slope of the activation from a code of a few bits in place of the full "
-        "input.",
+        "The backward pass reads the slope of the activation from a code of a few bits in place of the full input.",
         "",
     ),
     "fold_norm_affine": Reason(
@@ -184,8 +176,7 @@ REWRITES: Final[Mapping[str, Reason]] = {
     ),
     "chunk_loss": Reason(
         "Loss computed in chunks",
-        "The last linear layer and the loss run over a part of the batch at a time, so the logits are never "
-        "whole and not kept.",
+        "The last linear layer and the loss run over a part of the batch at a time, so the logits are never whole and not kept.",
         "",
     ),
     "pack_masks": Reason(

@@ -140,11 +140,7 @@ def _graph_view(graph: GraphReport, number: int) -> dict[str, Any]:
         "prepared": [group for group in rewritten if group.saved_bytes <= 0],
         "left": sorted((g for g in groups if g.action != "rewritten"), key=_weight),
         "layers": _layers(graph),
-        "tensors": [
-            (name, summary.group_by_layer(graph.saved[name]))
-            for name in _DETAIL_ORDER
-            if graph.saved.get(name)
-        ],
+        "tensors": [(name, summary.group_by_layer(graph.saved[name])) for name in _DETAIL_ORDER if graph.saved.get(name)],
         "groups": groups,
         "gradients": summary.gradients_note([graph]),
     }

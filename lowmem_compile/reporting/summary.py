@@ -135,10 +135,7 @@ def no_figures_note(graph: GraphReport) -> str:
 
 def inference_note() -> str:
     """Return why a graph without gradients has no savings."""
-    return (
-        "This graph computes no gradients. Nothing has to wait for a backward pass, so there is "
-        "nothing for lowmem to save."
-    )
+    return "This graph computes no gradients. Nothing has to wait for a backward pass, so there is nothing for lowmem to save."
 
 
 def gradients_note(graphs: Iterable[GraphReport]) -> tuple[str, str]:
@@ -164,11 +161,7 @@ def group_sites(graph: GraphReport) -> tuple[SiteGroup, ...]:
     for site in graph.sites:
         groups.setdefault((site.pass_name, site.action, site.code), []).append(site)
     found = [SiteGroup(*key, explain_code(key[2], key[0]), tuple(sites)) for key, sites in groups.items()]
-    return tuple(
-        sorted(
-            found, key=lambda g: (order.index(g.pass_name), ACTIONS.index(g.action), -g.bytes_before, g.code)
-        )
-    )
+    return tuple(sorted(found, key=lambda g: (order.index(g.pass_name), ACTIONS.index(g.action), -g.bytes_before, g.code)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +184,7 @@ def largest(tensors: Sequence[SavedTensor], count: int) -> tuple[Alike, ...]:
         family = tuple(None if _is_index(part) else part for part in t.module.split("."))
         key = (family, t.op, t.shape, t.dtype, t.nbytes, t.source, t.kind, t.decision)
         groups.setdefault(key, []).append(t)
-    alike = [
-        Alike(collapse_modules(t.module for t in group)[0][0], tuple(group)) for group in groups.values()
-    ]
+    alike = [Alike(collapse_modules(t.module for t in group)[0][0], tuple(group)) for group in groups.values()]
     return tuple(sorted(alike, key=lambda group: -group.nbytes)[:count])
 
 
@@ -255,9 +246,7 @@ def _collapse(members: list[str]) -> str:
     varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
     parts = [column[0] for column in columns]
     for i in varying:
-        parts[i] = (
-            "*" if len(varying) > 1 else "{" + _ranges(sorted({int(part) for part in columns[i]})) + "}"
-        )
+        parts[i] = "*" if len(varying) > 1 else "{" + _ranges(sorted({int(part) for part in columns[i]})) + "}"
     return ".".join(parts) or NO_MODULE
 
 

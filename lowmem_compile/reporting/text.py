@@ -145,8 +145,7 @@ def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
     cells = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     return [
-        "  "
-        + "  ".join(f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+        "  " + "  ".join(f"{cell:{'>' if i in right else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
         for row in cells
     ]
 

@@ -36,9 +36,7 @@ def test_the_worst_parameter_is_named_and_tiny_ones_are_left_out() -> None:
 
 
 def test_nan_gradients_are_reported_as_nan() -> None:
-    error = compare(
-        {"a": torch.tensor([math.nan]), "b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}
-    )
+    error = compare({"a": torch.tensor([math.nan]), "b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
     assert math.isnan(error.cosine)
     assert error.worst == "a"
 
@@ -108,10 +106,7 @@ def test_check_counts_what_is_met_and_names_what_is_not() -> None:
     good = _cell(INDUCTOR, _variant("eager", 1100, 2200, 1.0), _variant("lowmem", 600, 1500, 1.01))
     bad = _cell(INDUCTOR, _variant("eager", 1100, 2200, 1.0), _variant("lowmem", 700, 2001, 1.0))
     text = check([good, bad])
-    assert (
-        "| saved, GELU, full, bf16: at most 0.66 of Inductor | 0.7 | 1 of 2 | minilm/bf16/full (0.7) |"
-        in text
-    )
+    assert "| saved, GELU, full, bf16: at most 0.66 of Inductor | 0.7 | 1 of 2 | minilm/bf16/full (0.7) |" in text
     assert "| peak: below Inductor | 1 | 1 of 2 | minilm/bf16/full (1) |" in text
     assert "| saved, autocast: at most 0.60 of Inductor | not measured | 0 | |" in text
 
@@ -123,9 +118,7 @@ def test_a_failed_lowmem_reaches_no_bar() -> None:
 
 def test_a_bar_that_asks_for_at_least() -> None:
     bar = Bar("cosine", 0.999, lambda cell: cell.variants[0].cosine, at_least=True)
-    assert "| cosine | 0.9 | 1 of 2 |" in check(
-        [_cell(INDUCTOR), _cell(_variant("x", 1, 1, 1, cosine=0.9))], [bar]
-    )
+    assert "| cosine | 0.9 | 1 of 2 |" in check([_cell(INDUCTOR), _cell(_variant("x", 1, 1, 1, cosine=0.9))], [bar])
 
 
 def test_rivals_that_need_less_are_listed_with_their_cost() -> None:

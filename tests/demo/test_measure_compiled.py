@@ -91,9 +91,7 @@ def test_two_variants_do_not_share_code() -> None:
         ("inductor", "fp8", False),
     ],
 )
-def test_configuration_is_active_in_the_forward_and_in_the_backward_compile(
-    name: str, key: str, value: object
-) -> None:
+def test_configuration_is_active_in_the_forward_and_in_the_backward_compile(name: str, key: str, value: object) -> None:
     _, _, seen = _saved(VARIANTS[name])
     assert [s[key] for s in seen] == [value, value]
     assert _torch.functorch_config.activation_memory_budget == 1.0

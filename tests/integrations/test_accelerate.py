@@ -60,9 +60,7 @@ assert list(BertForMaskedLM.from_pretrained(sys.argv[1]).state_dict()) == names
 
 def run(program: str, *arguments: str) -> None:
     """Run a program in a new process; its errors are the test's."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

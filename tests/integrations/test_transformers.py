@@ -46,9 +46,7 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "labels": ids.clone()} for ids in found]
 
 
-def trainer(
-    folder: Path, callback: LowMemCallback | None, model: nn.Module | None = None, **arguments: Any
-) -> Trainer:
+def trainer(folder: Path, callback: LowMemCallback | None, model: nn.Module | None = None, **arguments: Any) -> Trainer:
     """Four steps of SGD on two rows each."""
     settings = {
         "max_steps": 4,
@@ -86,11 +84,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float) -> None:
     assert list(got) == list(want)
-    far = {
-        k: (got[k] - want[k]).abs().max().item()
-        for k in want
-        if not torch.allclose(got[k], want[k], 0, tolerance)
-    }
+    far = {k: (got[k] - want[k]).abs().max().item() for k in want if not torch.allclose(got[k], want[k], 0, tolerance)}
     assert far == {}
 
 

@@ -112,9 +112,7 @@ def test_every_expression_has_both_tables() -> None:
     [("relu", "primitive", 2), ("gelu", "forward", 2), ("gelu", "derivative", 7)],
 )
 def test_unknown_names_list_the_valid_ones(activation: str, kind: str, bits: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"{activation}/{kind}/{bits} .* gelu/derivative/2, .*softplus/primitive/2"
-    ):
+    with pytest.raises(ValueError, match=rf"{activation}/{kind}/{bits} .* gelu/derivative/2, .*softplus/primitive/2"):
         step_table(activation, kind, bits)
 
 
@@ -151,9 +149,7 @@ def test_inconsistent_tables_are_refused(changes: dict[str, object], message: st
         ("log_sigmoid", F.logsigmoid),
     ],
 )
-def test_expressions_are_the_activations_of_torch(
-    name: str, function: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
+def test_expressions_are_the_activations_of_torch(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.linspace(-30, 30, 4001, dtype=torch.float64)
     ours = smooth_activation(EXPRESSIONS[name], X)
     torch.testing.assert_close(torch.from_numpy(ours.value(x.numpy())), function(x), rtol=1e-13, atol=1e-14)
@@ -174,9 +170,7 @@ def test_expressions_are_the_activations_of_torch(
         ),
     ],
 )
-def test_primitive_tables_of_gelu_and_silu_are_the_published_ones(
-    name: str, a: tuple[float, ...], c: tuple[float, ...]
-) -> None:
+def test_primitive_tables_of_gelu_and_silu_are_the_published_ones(name: str, a: tuple[float, ...], c: tuple[float, ...]) -> None:
     table = step_table(name, "primitive")
     assert table.thresholds == c
     np.testing.assert_allclose(table.levels, [0.0, *np.cumsum(a)], rtol=0, atol=3e-16)
@@ -246,9 +240,7 @@ def test_primitive_tables_share_the_asymptotes(name: str) -> None:
     assert table.levels[0] == function.left[0]
     assert table.levels[-1] == function.right[0]
     assert turns.sum() == pytest.approx(function.right[0] - function.left[0], abs=1e-15)
-    assert -turns @ np.array(table.thresholds) == pytest.approx(
-        function.right[1] - function.left[1], abs=1e-12
-    )
+    assert -turns @ np.array(table.thresholds) == pytest.approx(function.right[1] - function.left[1], abs=1e-12)
 
 
 def test_the_checked_in_digits_are_what_derive_prints() -> None:
@@ -269,12 +261,8 @@ def test_optima_are_stationary_in_30_digit_arithmetic(name: str, kind: Kind) -> 
         c, levels = [mpmath.mpf(t) for t in table.thresholds], [mpmath.mpf(v) for v in table.levels]
         if kind == "derivative":
             edges = [mpmath.mpf(-WINDOW), *c, mpmath.mpf(WINDOW)]
-            residuals = [
-                level - (h(b) - h(a)) / (b - a) for level, (a, b) in zip(levels, pairwise(edges), strict=True)
-            ]
-            residuals += [
-                dh(t) - (below + above) / 2 for t, (below, above) in zip(c, pairwise(levels), strict=True)
-            ]
+            residuals = [level - (h(b) - h(a)) / (b - a) for level, (a, b) in zip(levels, pairwise(edges), strict=True)]
+            residuals += [dh(t) - (below + above) / 2 for t, (below, above) in zip(c, pairwise(levels), strict=True)]
         else:
             start = smooth_activation(EXPRESSIONS[name], X).left_line(table.thresholds[0])
             value, residuals = mpmath.mpf(float(start)), []
@@ -296,10 +284,7 @@ def test_moving_any_parameter_raises_the_objective(name: str, kind: Kind, step: 
     else:
         steps = (*(step * np.eye(7)), *(-step * np.eye(7)))
         z = np.array([*table.thresholds, *table.levels])
-        moved = [
-            replace(table, thresholds=tuple((z + d)[:3].tolist()), levels=tuple((z + d)[3:].tolist()))
-            for d in steps
-        ]
+        moved = [replace(table, thresholds=tuple((z + d)[:3].tolist()), levels=tuple((z + d)[3:].tolist())) for d in steps]
     assert all(objective(other) > least for other in moved)
 
 
@@ -342,8 +327,7 @@ def test_primitive_gradient_is_the_derivative_of_its_objective(name: str) -> Non
     function = smooth_activation(EXPRESSIONS[name], X)
     z, step = np.array([-2.0, 0.3, 1.5, 0.7]), 1e-5
     numeric = [
-        (primitive_objective(function, z + d) - primitive_objective(function, z - d)) / (2 * step)
-        for d in step * np.eye(4)
+        (primitive_objective(function, z + d) - primitive_objective(function, z - d)) / (2 * step) for d in step * np.eye(4)
     ]
     np.testing.assert_allclose(primitive_gradient(function, z), numeric, rtol=1e-7, atol=1e-9)
 

@@ -46,10 +46,7 @@ def test_recognised_and_exact(architecture: Architecture) -> None:
     graphs = compile_graphs(model, gradients="exact")
     our_loss, ours = step(graphs, model, batch)
 
-    counts = {
-        name: matched(graphs, name)
-        for name in ("recognise_norm", "recognise_activation", "approximate_activation")
-    }
+    counts = {name: matched(graphs, name) for name in ("recognise_norm", "recognise_activation", "approximate_activation")}
     assert counts == {
         "recognise_norm": architecture.norms,
         "recognise_activation": architecture.by_hand,

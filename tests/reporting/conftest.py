@@ -97,9 +97,7 @@ def _layer(i: int, contender: str) -> list[SavedTensor]:
     masks = [(f"{at}.attention.output.dropout", 211), (f"{at}.output.dropout", 263)]
     for n, (module, line) in enumerate(masks):
         nbytes, how = (B * T * H // 8, "1-bit mask") if low else (B * T * H, "exact")
-        tensors.append(
-            _saved(f"mask{n}_{i}", "aten.native_dropout", hidden, nbytes, module, line, "mask", how, "bool")
-        )
+        tensors.append(_saved(f"mask{n}_{i}", "aten.native_dropout", hidden, nbytes, module, line, "mask", how, "bool"))
     if low and i != LAYERS - 1:
         tensors.append(
             _saved(
@@ -134,9 +132,7 @@ def _layer(i: int, contender: str) -> list[SavedTensor]:
             for n, (m, line) in enumerate([("attention.output", 212), ("output", 264)])
         ]
     if contender in ("eager", "inductor"):
-        tensors.append(
-            _saved(f"wt_{i}", "aten.permute", (F, H), F * H * 4, f"{at}.output.dense", 262, "weight copy")
-        )
+        tensors.append(_saved(f"wt_{i}", "aten.permute", (F, H), F * H * 4, f"{at}.output.dense", 262, "weight copy"))
     return tensors
 
 
@@ -185,11 +181,7 @@ def timeline(contender: str, points: int = 300) -> tuple[TimelinePoint, ...]:
     for step in range(points):
         phase: Phase = "forward" if step < forward else "backward"
         done = step / forward if phase == "forward" else 1 - (step - forward) / (points - forward)
-        bump = (
-            (1.0 + math.sin(step * 0.9))
-            * WIDE
-            * (0.35 if phase == "forward" else 0.8 if step < points - 3 else 0)
-        )
+        bump = (1.0 + math.sin(step * 0.9)) * WIDE * (0.35 if phase == "forward" else 0.8 if step < points - 3 else 0)
         grads = 0 if phase == "forward" else int((1 - done) * 43 * 2**20)
         op = ops[step % len(ops)] + ("" if phase == "forward" else "_backward")
         live = int(kept * done + bump) + grads
@@ -235,9 +227,7 @@ def sites() -> tuple[Site, ...]:
             )
         if i == LAYERS - 1:
             why = "the partitioner would not keep fewer bytes with this rewrite"
-            found.append(
-                _site("approximate_activation", act, 237, "declined", "LM300", why, "approximate", WIDE, WIDE)
-            )
+            found.append(_site("approximate_activation", act, 237, "declined", "LM300", why, "approximate", WIDE, WIDE))
         else:
             found.append(
                 _site(
@@ -254,9 +244,7 @@ def sites() -> tuple[Site, ...]:
             )
         for norm in norms:
             mask = (B * T * H, B * T * H // 8)
-            found.append(
-                _site("pack_masks", f"{norm}.dropout", 211, "rewritten", "LM100", "", "exact", *mask)
-            )
+            found.append(_site("pack_masks", f"{norm}.dropout", 211, "rewritten", "LM100", "", "exact", *mask))
     why = "KeyError: 'val' at node permute_3"
     found.append(_site("pack_masks", "embeddings.dropout", 104, "failed", "LM900", why, "exact", 0, 0))
     return tuple(found)

@@ -65,9 +65,7 @@ class Page(HTMLParser):
         return " ".join("".join(self.words).split())
 
 
-@pytest.fixture(
-    scope="module", params=["sample", "several", "inference", "no sites", "cached", "no timeline", "empty"]
-)
+@pytest.fixture(scope="module", params=["sample", "several", "inference", "no sites", "cached", "no timeline", "empty"])
 def report(request: pytest.FixtureRequest, sample: Report, several: Report) -> Report:
     graph = sample.graphs[0]
     return {
@@ -93,9 +91,7 @@ def sample_page(sample: Report) -> Page:
 
 def test_the_page_is_well_formed_and_loads_nothing(page: Page) -> None:
     assert [tag for tag, _ in page.tags].count("html") == 1
-    assert not {"link", "img", "iframe", "object", "embed", "base", "audio", "video"} & {
-        tag for tag, _ in page.tags
-    }
+    assert not {"link", "img", "iframe", "object", "embed", "base", "audio", "video"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
         assert not {"src", "srcset", "action", "data", "xlink:href", "style"} & set(attributes), tag
         assert attributes.get("href", "#").startswith("#")
@@ -230,9 +226,7 @@ def test_a_long_timeline_is_thinned_and_keeps_its_peak() -> None:
 @pytest.mark.parametrize("size", [0, 1, 1500, 2**45])
 def test_small_timelines(phases: list[str], size: int) -> None:
     points = tuple(TimelinePoint("op", phase, size) for phase in phases)  # type: ignore[arg-type]
-    drawing = str(
-        charts.memory_timeline(GraphReport("0", "training", timelines={"lowmem": points, "eager": ()}))
-    )
+    drawing = str(charts.memory_timeline(GraphReport("0", "training", timelines={"lowmem": points, "eager": ()})))
     assert bool(drawing) == bool(size)
     assert [f"{phase} pass" in drawing for phase in phases] == [bool(size)] * len(phases)
 

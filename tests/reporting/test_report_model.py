@@ -29,9 +29,7 @@ saved_tensors = st.builds(
     st.sampled_from(KINDS),
     word,
 )
-sites = st.builds(
-    Site, word, word, word, st.sampled_from(ACTIONS), word, word, st.sampled_from(NUMERICS), natural, natural
-)
+sites = st.builds(Site, word, word, word, st.sampled_from(ACTIONS), word, word, st.sampled_from(NUMERICS), natural, natural)
 runs = st.builds(
     PassRun,
     word,
@@ -51,9 +49,7 @@ def several(one: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
 
 
 def timeline(forward: list[int], backward: list[int]) -> tuple[TimelinePoint, ...]:
-    return tuple(TimelinePoint("op", "forward", n) for n in forward) + tuple(
-        TimelinePoint("op", "backward", n) for n in backward
-    )
+    return tuple(TimelinePoint("op", "forward", n) for n in forward) + tuple(TimelinePoint("op", "backward", n) for n in backward)
 
 
 timelines = st.builds(timeline, st.lists(natural, max_size=3), st.lists(natural, max_size=3))
@@ -73,9 +69,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(word, inner, max_size=3),
     max_leaves=5,
 )
-reports = st.builds(
-    Report, several(graphs), st.dictionaries(word, values, max_size=3), st.dictionaries(word, word)
-)
+reports = st.builds(Report, several(graphs), st.dictionaries(word, values, max_size=3), st.dictionaries(word, word))
 
 
 @settings(max_examples=25, deadline=None)

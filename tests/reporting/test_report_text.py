@@ -26,10 +26,7 @@ def test_the_comparison_table(sample: Report) -> None:
 def test_sites_are_grouped_with_counts_reasons_and_ways_out(sample: Report) -> None:
     text = render_text(sample, width=200)
     assert "Sites: 41 rewritten, 7 declined, 1 failed" in text
-    assert (
-        "5 rewritten LM100 Activation input kept as codes (60.0 MiB became 3.75 MiB, gradients app"
-        in text
-    )
+    assert "5 rewritten LM100 Activation input kept as codes (60.0 MiB became 3.75 MiB, gradients app" in text
     assert "12 rewritten LM100 Norm recognised (gradients other rounding)" in text
     assert "at encoder.layer.{0-4}.intermediate.intermediate_act_fn (5)" in text
     assert "1 declined  LM300 No fewer bytes in the end (12.0 MiB)" in text

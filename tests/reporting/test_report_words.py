@@ -154,9 +154,7 @@ def test_headlines_of_other_reports(several: Report) -> None:
 
 
 def test_the_headline_compares_only_what_all_graphs_measured() -> None:
-    both = GraphReport(
-        "0", "training", saved={"lowmem": keeps(10), "inductor": keeps(20), "eager": keeps(40)}
-    )
+    both = GraphReport("0", "training", saved={"lowmem": keeps(10), "inductor": keeps(20), "eager": keeps(40)})
     some = GraphReport("1", "training", saved={"lowmem": keeps(10), "eager": keeps(40)})
     assert "eager PyTorch would keep 80 B (-75 %)" in summary.headline(Report((both, some)))
 
@@ -191,9 +189,7 @@ def test_layers(module: str, layer: str) -> None:
 
 
 def test_modules_that_differ_in_one_index_are_drawn_together() -> None:
-    modules = (
-        [f"layer.{i}.mlp" for i in (3, 0, 1, 5)] + ["head"] + [f"s.{i}.b.{j}" for i in (0, 1) for j in (0, 1)]
-    )
+    modules = [f"layer.{i}.mlp" for i in (3, 0, 1, 5)] + ["head"] + [f"s.{i}.b.{j}" for i in (0, 1) for j in (0, 1)]
     expected = (("layer.{0-1,3,5}.mlp", 4), ("head", 1), ("s.*.b.*", 4))
     assert summary.collapse_modules(modules) == expected
     assert summary.collapse_modules([""]) == (("(no module)", 1),)
