@@ -138,8 +138,7 @@ class Partitioner(CustomPartitionerFn):
         ctx = Context(options=self.options, device=self.device)
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
-        chosen = candidates.partitions[candidates.chosen]
-        return chosen.forward, chosen.backward
+        return candidates.compiled.forward, candidates.compiled.backward
 
     def uuid(self) -> str:
         return identity(self.options)

@@ -45,10 +45,11 @@ OWN_OPS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Candidates:
-    """The partitions that were counted; ``chosen`` is the one that is compiled."""
+    """The partitions that were counted, the name of the best, and a copy of it after the saved stage: what is compiled."""
 
     partitions: Mapping[str, Partition]
     chosen: str
+    compiled: Partition
     recorder: Recorder
 
 
@@ -107,11 +108,13 @@ def partition_joint(
     partitions["lowmem"], _, record = rewrite_and_cut(frozenset(skip))
     chosen = choose(partitions, ctx)
     recorder.adopt(record if chosen == "lowmem" else declined(record))
-    run_saved_stage(partitions[chosen], ctx, recorder)
-    recorder.dump("forward", partitions[chosen].forward)
-    recorder.dump("backward", partitions[chosen].backward)
+    winner = partitions[chosen]
+    compiled = Partition(copy_module(winner.forward), copy_module(winner.backward), winner.num_user_outputs)
+    run_saved_stage(compiled, ctx, recorder)
+    recorder.dump("forward", compiled.forward)
+    recorder.dump("backward", compiled.backward)
     log.info("saved for backward: %s; compiled: %s", {n: p.saved_bytes() for n, p in partitions.items()}, chosen)
-    return Candidates(partitions, chosen, recorder)
+    return Candidates(partitions, chosen, compiled, recorder)
 
 
 def choose(partitions: Mapping[str, Partition], ctx: Context) -> str:

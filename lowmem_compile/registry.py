@@ -51,7 +51,7 @@ class Entry:
         if not self.options.report:
             return
         partitions = dict(candidates.partitions)
-        partitions["lowmem"] = partitions[candidates.chosen]
+        partitions["lowmem"] = candidates.compiled
         if self.baseline is not None:
             partitions.update(self.baseline())
             self.baseline = None

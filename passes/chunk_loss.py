@@ -143,7 +143,7 @@ def _head(given: dict[str, Any]) -> Head | None:
     node, target = given.get("input"), given.get("target")
     chain: list[fx.Node] = []
     while isinstance(node, fx.Node) and isinstance(target, fx.Node):
-        if node.op == "call_function" and node.target in LINEARS:
+        if node.op == "call_function" and node.target in LINEARS and len(node.args) >= 2:
             return Head(node, tuple(reversed(chain)), target, given)
         step = (node.op == "call_method" and node.target in CASTS | SHAPES) or node.target is operator.getitem
         if not step:

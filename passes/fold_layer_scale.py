@@ -110,6 +110,12 @@ def _scaled(node: fx.Node) -> Scaled | None:
         while source.op == "call_function" and source.target is F.dropout and source.args[1:2] == (0.0,):
             between.append(source)
             source = argument(source, 0)
-        if vector is not None and vector.dim() == 1 and source.op == "call_function" and source.target in LINEARS:
+        if (
+            vector is not None
+            and vector.dim() == 1
+            and source.op == "call_function"
+            and source.target in LINEARS
+            and len(source.args) >= 2
+        ):
             return Scaled(source, scale, tuple(reversed(between)))
     return None

@@ -196,8 +196,8 @@ def affine_of(xhat: fx.Node) -> Affine:
             shift, node = other, user
         else:
             break
-    linears = tuple(u for u in node.users if u.op == "call_function" and u.target in LINEARS and u.args[0] is node)
-    linears = tuple(u for u in linears if u.args[1] is not node)
+    linears = tuple(u for u in node.users if u.op == "call_function" and u.target in LINEARS and u.args[:1] == (node,))
+    linears = tuple(u for u in linears if len(u.args) >= 2 and u.args[1] is not node)
     dropout = any(getattr(u.target, "__name__", "") == "dropout" for u in node.users)
     return Affine(xhat, node, scale, shift, linears, dropout)
 

@@ -151,10 +151,13 @@ def library_norm(node: fx.Node) -> Norm | None:
         return None
     eps = given.get("eps", 1e-5 if center else None)
     eps = torch.finfo(value.dtype).eps if eps is None else eps
-    if isinstance(eps, fx.Node):
+    rows = given["normalized_shape"]
+    if isinstance(rows, fx.Node):  # x.shape[-1:]
+        rows = rows.meta.get("example_value")
+    if isinstance(eps, fx.Node) or not isinstance(rows, (tuple, list)):
         return None
     affine = (given.get("weight"), given.get("bias"))
-    return Norm(x, len(given["normalized_shape"]), float(eps), center, (), *affine, library=True)
+    return Norm(x, len(rows), float(eps), center, (), *affine, library=True)
 
 
 def input_of(node: fx.Node) -> fx.Node:

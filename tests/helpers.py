@@ -55,7 +55,7 @@ class Graphs:
     @property
     def chosen(self) -> Partition:
         """The partition that was compiled."""
-        return self.only.partitions[self.only.chosen]
+        return self.only.compiled
 
     def sites(self, pass_name: str, action: str | None = None) -> list[Site]:
         """What a pass said about its matches, over all graphs."""
