@@ -27,3 +27,13 @@ def autocast_dtypes(graph: fx.Graph, device: str) -> dict[fx.Node, torch.dtype]:
         elif stack[-1] is not None:
             found[node] = stack[-1]
     return found
+
+
+def ambient_autocast(device: str) -> torch.autocast:
+    """A context that restores the caller's autocast state of ``device``."""
+    return torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=torch.is_autocast_cache_enabled(),
+    )

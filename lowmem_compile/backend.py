@@ -24,7 +24,7 @@ from lowmem_compile._torch import (
     own_tracing_context,
     select_decomp_table,
 )
-from lowmem_compile.autocast import autocast_dtypes
+from lowmem_compile.autocast import ambient_autocast, autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
@@ -67,7 +67,7 @@ def lowmem(
     recorder.dump("dynamo", gm)
     untouched = copy_dynamo_module(gm) if settings.report and entry.training else None
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
-        entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches)
+        entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches, ambient_autocast(device))
     gm.recompile()
     patches["custom_partitioner_fn"] = Partitioner(settings, device, entry)
     more: dict[str, Any] = {}
@@ -115,10 +115,15 @@ class StopHere(Exception):  # noqa: N818
     """Ends a compile whose partition is all that was wanted."""
 
 
-def count_baseline(gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any]) -> dict[str, Partition]:
-    """What Inductor would save for the graph before any of our passes touched it."""
+def count_baseline(
+    gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], autocast: torch.autocast
+) -> dict[str, Partition]:
+    """What Inductor would save for the graph before any of our passes touched it.
+
+    Called while AOTAutograd compiles, which turns gradients and autocast off: both are set as they were for the capture.
+    """
     counter = Counter()
-    with own_tracing_context(example_inputs), torch.enable_grad(), contextlib.suppress(StopHere):
+    with own_tracing_context(example_inputs), torch.enable_grad(), autocast, contextlib.suppress(StopHere):
         compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": counter, "force_disable_caches": True})
     return counter.partitions
 

@@ -102,3 +102,12 @@ def test_saved_tensors_name_module_and_line() -> None:
     (row,) = report.graphs[0].saved["lowmem"]
     assert (row.shape, row.dtype, row.nbytes, row.module) == ((ROWS, WIDE), "float32", ROWS * WIDE * 4, "up")
     assert "test_report_of_models.py:" in row.source
+
+
+def test_the_baseline_is_counted_under_the_callers_autocast() -> None:
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    x = torch.randn(32, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = lowmem_compile.explain(model, x, options={"strict": True})
+    baseline = report.graphs[0].saved["inductor"]
+    assert any(t.dtype == "bfloat16" for t in baseline), [t.dtype for t in baseline]
