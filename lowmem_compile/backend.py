@@ -137,6 +137,9 @@ class Partitioner(CustomPartitionerFn):
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.uuid(),)  # what Inductor's cache keys pickle
+
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:

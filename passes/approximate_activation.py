@@ -17,16 +17,19 @@ Numerics class: APPROXIMATE. Source: LowMemoryBP (ICML 2024), eq. 13–16; FewBi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from lowmem_compile._torch import select_decomp_table
+from lowmem_compile._torch import op_types, select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.graph import (
+    VIEW_OPS,
     argument,
+    backward_nodes,
     is_static,
     replace_and_erase,
     sizes,
@@ -94,6 +97,14 @@ def select(code: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     return torch.where(code < half, select(code, levels[:half]), select(code - half, levels[half:]))
 
 
+@dataclass(frozen=True)
+class Activation:
+    """One activation site: its table's name, and whether the backward pass reads its output."""
+
+    name: str | None
+    output_read: bool
+
+
 class ApproximateActivation:
     """Rewrite ``gelu_backward`` and its kin to step codes."""
 
@@ -102,10 +113,12 @@ class ApproximateActivation:
     numerics = Numerics.APPROXIMATE
 
     def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:  # noqa: ARG002
-        return [Match(n, _name_of(n)) for n in graph.nodes if n.op == "call_function" and n.target in ACTIVATIONS]
+        found = [n for n in graph.nodes if n.op == "call_function" and n.target in ACTIVATIONS]
+        backward = backward_nodes(graph) if found else set()
+        return [Match(n, Activation(_name_of(n), output_is_read(n, backward))) for n in found]
 
     def check(self, match: Match, ctx: Context) -> Decline | None:
-        node, name = match.node, match.info
+        node, name = match.node, match.info.name
         if ctx.options.gradients == "exact":
             return Decline("LM201", "options['gradients'] is 'exact'")
         if name is None:
@@ -123,7 +136,7 @@ class ApproximateActivation:
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
         node = match.node
         grad, h = argument(node, 0), argument(node, 1)
-        table = table_of(match.info, ctx)
+        table = table_of(match.info.name, ctx)
         decompositions = dict(select_decomp_table())
         after_h = h.next
         while after_h.op == "placeholder":
@@ -168,12 +181,29 @@ class ApproximateActivation:
         elements = sympy_numel(value)
         last = sizes(value)[-1]
         rows = elements / (last.node.expr if isinstance(last, torch.SymInt) else sympy.Integer(max(int(last), 1)))
-        return elements * value.element_size() - sympy.ceiling(elements * table_of(match.info, ctx).bits / 8) - 4 * rows
+        return elements * value.element_size() - sympy.ceiling(elements * table_of(match.info.name, ctx).bits / 8) - 4 * rows
 
 
 def table_of(name: str, ctx: Context) -> StepTable:
     """The step table of an activation under the options."""
     return step_table(name, ctx.options.table, 2 if ctx.options.table == "primitive" else ctx.options.code_bits)
+
+
+def output_is_read(node: fx.Node, backward: set[fx.Node]) -> bool:
+    """Whether a backward node other than ``node`` reads something pointwise made of the activation's input."""
+    ops = op_types()
+    seen: set[fx.Node] = set()
+    work = [argument(node, 1)]
+    while work:
+        source = work.pop()
+        for user in source.users:
+            if user in backward:
+                if user is not node:
+                    return True
+            elif user not in seen and (user.target in VIEW_OPS or ops.is_recomputable(user)):
+                seen.add(user)
+                work.append(user)
+    return False
 
 
 def _name_of(node: fx.Node) -> str | None:

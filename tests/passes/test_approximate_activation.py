@@ -257,3 +257,11 @@ def test_codes_of_any_shape(bits: int, shape: tuple[int, ...]) -> None:
     got = apply_levels(grad, packed, poison(h), steps.levels)
     code = torch.bucketize(h, torch.tensor(steps.thresholds))
     torch.testing.assert_close(got, grad * torch.tensor(steps.levels)[code], rtol=1e-6, atol=0)
+
+
+def test_each_of_two_like_sites_is_judged_by_itself() -> None:
+    model = nn.Sequential(Mlp(F.gelu), Mlp(F.gelu))
+    model[1].down.requires_grad_(True)
+    graphs = compile_graphs(model)
+    run(graphs, model, [torch.randn(ROWS, D, requires_grad=True)])
+    assert sorted(graphs.codes(NAME)) == ["LM100", "LM300"]
