@@ -78,24 +78,24 @@ def test_packed_dropout_masks() -> None:
     torch.testing.assert_close(model.up.bias.grad, (y.detach() != 0).sum(0) * 2.0)
 
 
-def test_the_graph_cache_stays_usable(fresh_inductor_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_cache_stays_usable(fresh_inductor_cache: Path) -> None:
     model, x = Mlp(), torch.randn(ROWS, D)
     reports, hits, grads = [], [], []
-    monkeypatch.setattr(functorch_config, "enable_autograd_cache", True)
-    for _ in range(2):
+    with functorch_config.patch(enable_autograd_cache=True):
+        for _ in range(2):
+            torch.compiler.reset()
+            counters.clear()
+            model.zero_grad()
+            compiled(model, report=True)(x).sum().backward()
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+            reports.append(lowmem_compile.report(model).graphs[0])
+            assert model.up.weight.grad is not None
+            grads.append(model.up.weight.grad.clone())
+        assert hits == [0, 1]
+        assert [r.from_cache for r in reports] == [False, True]
+        assert reports[0].saved == reports[1].saved
+        assert torch.equal(*grads)
         torch.compiler.reset()
         counters.clear()
-        model.zero_grad()
-        compiled(model, report=True)(x).sum().backward()
-        hits.append(counters["aot_autograd"]["autograd_cache_hit"])
-        reports.append(lowmem_compile.report(model).graphs[0])
-        assert model.up.weight.grad is not None
-        grads.append(model.up.weight.grad.clone())
-    assert hits == [0, 1]
-    assert [r.from_cache for r in reports] == [False, True]
-    assert reports[0].saved == reports[1].saved
-    assert torch.equal(*grads)
-    torch.compiler.reset()
-    counters.clear()
-    compiled(model, gradients="exact")(x)
-    assert counters["aot_autograd"]["autograd_cache_hit"] == 0
+        compiled(model, gradients="exact")(x)
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 0
