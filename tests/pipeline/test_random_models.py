@@ -121,9 +121,10 @@ def test_exact_gradients(steps: list[Step], autocast: bool, seed: int) -> None:
 @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps, st.integers(0, 2**16))
 def test_approximate_gradients(steps: list[Step], seed: int) -> None:
-    """The forward pass is exact; gradients too, but for 10 % a site that has codes.
+    """The forward pass is exact; gradients too, but for 12.4 % a site that has codes.
 
-    The bound: the 4-bit tables are at most 0.1 off the slope, and a slope averages 1/2 or more.
+    The bound: the 4-bit table of GELU is at most 0.0616 off the slope (``derive.measure``), and the slope of an
+    input near 0, which is what these small models have, is 1/2.
     """
     torch.compiler.reset()
     torch.manual_seed(seed)
@@ -132,4 +133,4 @@ def test_approximate_gradients(steps: list[Step], seed: int) -> None:
     got, want = run(graphs, model, [x]), run_double(model, [x])
     coded = graphs.rewritten("approximate_activation") if graphs.only.chosen == "lowmem" else 0
     assert error(got["output 0"], want["output 0"]) <= TOLERANCE[torch.float32]
-    assert_same(got, want, 0.1 * coded + TOLERANCE[torch.float32] * 5)
+    assert_same(got, want, 0.0616 / 0.5 * coded + TOLERANCE[torch.float32] * 5)
