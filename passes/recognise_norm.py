@@ -189,7 +189,7 @@ def handwritten_norm(root: fx.Node) -> Norm | None:
         sample = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.01 + 0.003
         try:
             got = evaluate(nodes, leaf, sample)
-        except (RuntimeError, TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):  # a cone that cannot run on sample rows is not a norm
             continue
         if not isinstance(got, torch.Tensor) or got.shape != sample.shape:
             continue
