@@ -16,11 +16,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lowmem_compile.errors import OptionError
 
 Gradients = Literal["approximate", "exact"]
-Table = Literal["derivative", "primitive"]
+Table = Literal["slope", "derivative", "primitive"]
 Recompute = Literal["pointwise", "inductor"]
 Fold = Literal["auto", "always", "never"]
 Loss = Literal["auto", "never"]
 CodeBits = Literal[2, 4]
+SlopeBits = Literal[4, 5, 6, 7, 8]
+CodecName = Literal["auto", "none", "bf16", "int8", "int7", "int6", "int5", "int4", "int3"]
+Rounding = Literal["nearest", "stochastic"]
 Check = Literal["off", "lint", "full"]
 
 
@@ -31,14 +34,21 @@ class Options:
     Attributes:
         gradients: ``"approximate"`` (default) allows passes whose gradient differs from the exact one where that saves
             bytes; ``"exact"`` uses only exact and reassociated passes.
-        table: step table of approximate-BP activations: ``"derivative"`` (lower pointwise gradient error) or
-            ``"primitive"`` (ReGELU2/ReSiLU2, the published coefficients, always 2 bits).
+        table: codes of approximate-BP activations: ``"slope"`` (default: the derivative itself in ``slope_bits`` bits),
+            ``"derivative"`` (a step function of 2 or 4 bits fitted to it) or ``"primitive"`` (ReGELU2/ReSiLU2, the published
+            coefficients, always 2 bits).
         code_bits: bits a code of a ``"derivative"`` table takes: 4 (default) or 2.
+        slope_bits: bits a slope code takes: 4 to 8 (default).
         recompute: ``"pointwise"`` (default) lets the backward pass recompute pointwise operations, matmul inputs
             included; ``"inductor"`` keeps Inductor's own rule.
         fold_norm_affine: fold a norm's affine into the linears that read it: ``"auto"`` only where it lowers the
             saved bytes, ``"always"`` wherever it is legal, ``"never"``.
         chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
+        codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``), ``"none"``, ``"bf16"``, or
+            ``"int8"`` to ``"int3"``, group-wise codes of so many bits.
+        codec_group: elements along the last dimension that share a scale.
+        rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).
+        keep_exact: parts of module paths; what such modules save is not encoded.
         disable: names of passes not to run.
         strict: raise when a pass fails, instead of compiling without it.
         report: collect what :func:`lowmem_compile.report` shows (about the cost of tracing the model once).
@@ -48,11 +58,16 @@ class Options:
     """
 
     gradients: Gradients = "approximate"
-    table: Table = "derivative"
+    table: Table = "slope"
     code_bits: CodeBits = 4
+    slope_bits: SlopeBits = 8
     recompute: Recompute = "pointwise"
     fold_norm_affine: Fold = "auto"
     chunked_loss: Loss = "auto"
+    codec: CodecName = "auto"
+    codec_group: int = 64
+    rounding: Rounding = "nearest"
+    keep_exact: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     strict: bool = False
     report: bool = True
@@ -64,9 +79,9 @@ class Options:
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name == "disable" and isinstance(value, list):
+            if f.name in ("disable", "keep_exact") and isinstance(value, list):
                 value = tuple(value)
-                object.__setattr__(self, "disable", value)
+                object.__setattr__(self, f.name, value)
             _check_type(f.name, value, hints[f.name])
         if self.disable:
             from lowmem_compile.pipeline import pass_names
@@ -109,9 +124,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         if value not in get_args(hint) or isinstance(value, bool):
             raise OptionError(f"options[{name!r}] must be one of {', '.join(map(repr, get_args(hint)))}, not {value!r}")
         return
-    if name == "disable":
-        ok = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-        wanted = "a list of pass names"
+    if name in ("disable", "keep_exact"):
+        ok = isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
+        wanted = "a list of pass names" if name == "disable" else "a list of module names, or parts of them"
+    elif name == "codec_group":
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= 8
+        wanted = "a number of elements, 8 or more"
     elif name == "inductor":
         ok = isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
         wanted = "a dict of Inductor config names and values"

@@ -19,6 +19,7 @@ from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
+from lowmem_compile.passes.encode_saved import EncodeSaved
 from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
 from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
 from lowmem_compile.passes.norm_from_output import NormFromOutput
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
     PackMasks(),
+    EncodeSaved(),
 )
 
 

@@ -78,7 +78,9 @@ def kind_of(node: fx.Node, value: torch.Tensor) -> Kind:
         return "mask"
     if "seed" in node.name:
         return "rng"
-    if not value.dtype.is_floating_point and "codes" not in node.meta.get("lowmem_kind", ""):
+    if "codes" in node.meta.get("lowmem_kind", ""):
+        return "activation"
+    if not value.dtype.is_floating_point:
         return "index"
     if all(_from_parameter(i) for i in node.all_input_nodes) and node.all_input_nodes:
         return "weight copy"

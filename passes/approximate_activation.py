@@ -1,14 +1,19 @@
-"""Approximate-BP activations: save a code of 2 or 4 bits per element instead of the activation's input.
+"""Approximate-BP activations: save a code of 2 to 8 bits per element instead of the activation's input.
 
-    before   a = gelu(h);      dh = gelu_backward(g, h)                  saves h: bf16[N, D]
-    after    a = gelu(h);      c = pack(#{t < h}); p = sum(h·0)          saves c: u8[N·D·bits/8], p: f32[N, 1]
-             dh = g · level[unpack(c)] + p
+    before   a = f(h);      dh = f_backward(g, h)                        saves h: bf16[..., D]
+    after    a = f(h);      c = codes of f'(h); p = sum(h·0)             saves c: b bits an element, p: f32[..., 1]
+             dh = g · slope(c) + p
 
-Forward: exact. Exact gradient: g·f'(h). Ours: g·s(h), s the step function of the table
-(``options["table"]``: ``"derivative"`` with ``options["code_bits"]`` = 4 or 2; ``"primitive"`` is ReGELU2/ReSiLU2, 2 bits).
+Forward: exact. Exact gradient: g·f'(h). Ours: g·s(h), where s depends on ``options["table"]``:
+
+- ``"slope"`` (default): f'(h) itself, rounded to 2^b − 1 equal steps over its range, b = ``options["slope_bits"]``. The error is
+  at most half a step, (hi − lo)/(2^b − 1)/2, whatever h is, and backward computes neither erf nor exp;
+- ``"derivative"``: step function of ``options["code_bits"]`` = 4 or 2 bits fitted to f' (FewBit);
+- ``"primitive"``: ReGELU2/ReSiLU2, 2 bits.
+
 p is 0 for finite rows and NaN for a row that holds a NaN or an Inf, so non-finite activations reach the gradient.
 
-Bytes saved: N·D·(itemsize − bits/8) − 4·N a site, and only where nothing else in the backward pass needs h. The pipeline asks the
+Bytes saved: N·(itemsize − b/8) − 4·N/D a site, and only where nothing else in the backward pass needs h. The pipeline asks the
 partitioner for each site and undoes the ones that do not pay.
 Not matched: activations whose input is a graph input, integer or float64 tensors, activations without a table.
 Numerics class: APPROXIMATE. Source: LowMemoryBP (ICML 2024), eq. 13–16; FewBit (arXiv 2202.00441) for the derivative tables.
@@ -16,7 +21,8 @@ Numerics class: APPROXIMATE. Source: LowMemoryBP (ICML 2024), eq. 13–16; FewBi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +45,7 @@ from lowmem_compile.graph import (
     tensor_value,
 )
 from lowmem_compile.kernels.activation_codes.tables import StepTable, step_table
+from lowmem_compile.kernels.group_codes import pack_codes, planes, unpack_codes
 
 aten = torch.ops.aten
 
@@ -73,6 +80,30 @@ def pack(h: torch.Tensor, thresholds: tuple[float, ...]) -> torch.Tensor:
     return packed.to(torch.int32).to(torch.uint8)
 
 
+def pack_slope(slope: torch.Tensor, low: float, high: float, bits: int) -> tuple[torch.Tensor, ...]:
+    """Codes of f'(h) over [low, high]: i8[..., D] at 8 bits, else the planes of ``kernels/group_codes``."""
+    top = float(2**bits - 1)
+    code = torch.round((slope.to(torch.float32) - low) * (top / (high - low)))
+    if bits == 8:
+        return ((code - 128.0).to(torch.int8),)
+    runs, length = code_runs(code.shape[-1], bits)
+    pad = runs * length - code.shape[-1]
+    if pad:
+        code = aten.constant_pad_nd(code, [0, pad])
+    return tuple(pack_codes(code.reshape(*code.shape[:-1], runs, length), bits))
+
+
+def unpack_slope(packed: tuple[torch.Tensor, ...], width: int, low: float, high: float, bits: int) -> torch.Tensor:
+    """f32[..., width]: the slopes that :func:`pack_slope` packed."""
+    step = (high - low) / (2**bits - 1)
+    if bits == 8:
+        return packed[0].to(torch.float32) * step + (low + 128 * step)
+    runs, length = code_runs(width, bits)
+    code = unpack_codes(packed, length, bits)
+    slope = code * step + low
+    return slope.reshape(*slope.shape[:-2], runs * length)[..., :width]
+
+
 def poison(h: torch.Tensor) -> torch.Tensor:
     """f32[..., 1]: 0 for a finite row, NaN for a row with a NaN or an Inf."""
     return (h.to(torch.float32) * 0.0).sum(-1, keepdim=True)
@@ -95,6 +126,17 @@ def select(code: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
     if half == 1:
         return torch.where(code == 0, levels[0], levels[1])
     return torch.where(code < half, select(code, levels[:half]), select(code - half, levels[half:]))
+
+
+SLOPE_RANGE: Mapping[str, tuple[float, float]] = {
+    "gelu": (-0.12891, 1.12891),
+    "gelu_tanh": (-0.129, 1.129),
+    "silu": (-0.09985, 1.09985),
+    "mish": (-0.1126, 1.0886),
+    "softplus": (0.0, 1.0),
+    "log_sigmoid": (0.0, 1.0),
+}
+"""Least and greatest slope of each activation."""
 
 
 @dataclass(frozen=True)
@@ -136,36 +178,47 @@ class ApproximateActivation:
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
         node = match.node
         grad, h = argument(node, 0), argument(node, 1)
-        table = table_of(match.info.name, ctx)
         decompositions = dict(select_decomp_table())
         after_h = h.next
-        while after_h.op == "placeholder":
+        while after_h.op == "placeholder" or after_h.target is operator.getitem:
             after_h = after_h.next
-        code, bad = splice(
-            graph,
-            after_h,
-            lambda x: (pack(x, table.thresholds), poison(x)),
-            [h],
-            like=h,
-            decompositions=decompositions,
-        )
-        for new, kind in ((code, f"{table.bits}-bit codes"), (bad, "poison")):
+        encode, decode, kind = self._codes(match, ctx)
+        *codes, bad = splice(graph, after_h, lambda x: (*encode(x), poison(x)), [h], like=h, decompositions=decompositions)
+        for new in (*codes, bad):
             new.meta["lowmem_pin"] = True
             new.meta["lowmem_site"] = node.name
-            new.meta["lowmem_kind"] = kind
+            new.meta["lowmem_kind"] = "poison" if new is bad else kind
             for key in ("nn_module_stack", "stack_trace"):
                 if key in h.meta:
                     new.meta[key] = h.meta[key]
-        out = splice(
-            graph,
-            node,
-            lambda g, c, b: apply_levels(g, c, b, table.levels),
-            [grad, code, bad],
-            like=node,
-            decompositions=decompositions,
-            backward=True,
-        )
+        out = splice(graph, node, decode, [grad, bad, *codes], like=node, decompositions=decompositions, backward=True)
         replace_and_erase(graph, node, out)
+
+    @staticmethod
+    def _codes(match: Match, ctx: Context) -> tuple[Callable[..., Any], Callable[..., Any], str]:
+        """How to make the codes of h, how to make dh of (grad, poison, codes), and what the report calls them."""
+        name, node = match.info.name, match.node
+        if ctx.options.table != "slope":
+            table = table_of(name, ctx)
+
+            def by_table(grad: torch.Tensor, bad: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+                return apply_levels(grad, packed, bad, table.levels)
+
+            return lambda h: (pack(h, table.thresholds),), by_table, f"{table.bits}-bit codes"
+        low, high = SLOPE_RANGE[name]
+        bits, extra, kwargs = slope_bits(match, ctx), node.args[2:], dict(node.kwargs)
+
+        def encode(h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            wide = h.to(torch.float32)
+            rest = (wide, *extra) if name != "log_sigmoid" else (wide, torch.exp(-wide.abs()))
+            slope = decompositions_of(node.target)(torch.ones_like(wide), *rest, **kwargs)
+            return pack_slope(slope, low, high, bits)
+
+        def by_slope(grad: torch.Tensor, bad: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+            slope = unpack_slope(packed, grad.shape[-1], low, high, bits)
+            return (grad.to(torch.float32) * slope + bad).to(grad.dtype)
+
+        return encode, by_slope, f"{bits}-bit slope codes"
 
     def displaced(self, match: Match) -> list[fx.Node]:
         """The tensors that need not be saved any more if the rewrite pays."""
@@ -181,7 +234,26 @@ class ApproximateActivation:
         elements = sympy_numel(value)
         last = sizes(value)[-1]
         rows = elements / (last.node.expr if isinstance(last, torch.SymInt) else sympy.Integer(max(int(last), 1)))
-        return elements * value.element_size() - sympy.ceiling(elements * table_of(match.info.name, ctx).bits / 8) - 4 * rows
+        bits = slope_bits(match, ctx) if ctx.options.table == "slope" else table_of(match.info.name, ctx).bits
+        return elements * value.element_size() - sympy.ceiling(elements * bits / 8) - 4 * rows
+
+
+def slope_bits(match: Match, ctx: Context) -> int:
+    """Bits of a slope code: 8 where the last dimension is dynamic, else the option's."""
+    width = sizes(tensor_value(argument(match.node, 1)))[-1]
+    return ctx.options.slope_bits if isinstance(width, int) else 8
+
+
+def code_runs(width: int, bits: int) -> tuple[int, int]:
+    """Runs of a row and elements a run, as ``kernels/group_codes`` packs them."""
+    runs = 8 // planes(bits)[-1]
+    return runs, max(-(-width // runs), 1)
+
+
+def decompositions_of(target: Any) -> Callable[..., Any]:
+    """The decomposition of an activation's backward."""
+    found: Callable[..., Any] = select_decomp_table()[target]
+    return found
 
 
 def table_of(name: str, ctx: Context) -> StepTable:

@@ -10,18 +10,16 @@ Numerics class: EXACT.
 
 from __future__ import annotations
 
-import operator
-
 import sympy
 import torch
 from torch import fx
 
 from lowmem_compile._torch import select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.crossing import behind, exchange, retire
 from lowmem_compile.graph import (
     is_static,
     numel,
-    output_values,
     placeholders,
     splice,
     storage_root,
@@ -81,19 +79,10 @@ class PackMasks:
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
         node = match.node
         decompositions = dict(select_decomp_table())
-        output = graph.output_node()
-        after = node.next  # right behind its producer: the byte mask dies at once
-        while after.op == "placeholder" or after.target is operator.getitem:
-            after = after.next
-        packed = splice(graph, after, pack_bits, [node], like=node, decompositions=decompositions)
+        packed = splice(graph, behind(node), pack_bits, [node], like=node, decompositions=decompositions)
         packed.meta["lowmem_kind"] = "1-bit mask"
-        first = ctx.facts["num_user_outputs"]
-        values = list(output_values(graph))
-        index = next(i for i in range(first, len(values)) if values[i] is node)
-        values[index] = packed
-        output.args = (tuple(values),)
-        backward: fx.Graph = ctx.facts["backward"]
-        old: fx.Node = ctx.facts["placeholder_of"][node]
+        (new,) = exchange(graph, ctx, node, [packed])
+        backward, old = new.graph, ctx.facts["placeholder_of"][node]
         shape, sources = node.meta["val"].shape, sizes_in_backward(node, ctx)
         if sources is None:
             raise AssertionError(f"the sizes of {node.name} went between check and rewrite")
@@ -104,10 +93,6 @@ class PackMasks:
             given = iter(tensors)
             return unpack_bits(packed, tuple(s if d is None else next(given).shape[d] for s, d in zip(shape, where, strict=True)))
 
-        with backward.inserting_before(old):
-            new = backward.placeholder(packed.name)
-        new.meta = {k: v for k, v in old.meta.items() if k != "val"}
-        new.meta["val"] = packed.meta["val"]
         start = next(n for n in backward.nodes if n.op != "placeholder")
         mask = splice(
             backward,
@@ -119,7 +104,7 @@ class PackMasks:
             backward=True,
         )
         old.replace_all_uses_with(mask)
-        backward.erase_node(old)
+        retire(ctx, node)
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         elements = sympy_numel(match.node.meta["val"])

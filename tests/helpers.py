@@ -76,7 +76,7 @@ def compile_graphs(model: Callable[..., Any], *, dynamic: bool | None = None, **
 
     ``report`` is off unless asked for: it compiles more than the test needs.
     """
-    options = {"report": False, "strict": True, "check": "full", **options}
+    options = {"report": False, "strict": True, "check": "full", "codec": "none", **options}
 
     def capture(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         def run(args: list[Any]) -> Any:

@@ -127,8 +127,15 @@ VARIANTS: Mapping[str, Variant] = {
         Variant("fp8", "Inductor, fp8 saved activations", "inductor", fp8=True),
         Variant("fp8_one_flag", "Inductor, one flag and fp8", "inductor", functorch=_ONE_FLAG, fp8=True),
         Variant("lowmem", "lowmem", "lowmem"),
+        Variant("lowmem_no_codecs", "lowmem, no codecs", "lowmem", options={"codec": "none"}),
+        Variant(
+            "lowmem_derivative",
+            "lowmem, derivative table",
+            "lowmem",
+            options={"codec": "none", "table": "derivative"},
+        ),
         Variant("lowmem_exact", "lowmem, exact gradients", "lowmem", options={"gradients": "exact"}),
-        Variant("lowmem_primitive", "lowmem, primitive table", "lowmem", options={"table": "primitive"}),
+        Variant("lowmem_primitive", "lowmem, primitive table", "lowmem", options={"codec": "none", "table": "primitive"}),
     )
 }
 BASELINE = "inductor"

@@ -88,6 +88,17 @@ REASONS: Final[Mapping[str, Reason]] = {
         "The norm has neither a scale nor a shift.",
         "",
     ),
+    "LM211": Reason(
+        "Kept exact by an option",
+        "The options in force name this module among those whose saved tensors are not encoded.",
+        "Remove the name from options['keep_exact'].",
+    ),
+    "LM212": Reason(
+        "A small error would grow",
+        "The backward pass reads the tensor through an exponential, a division, a comparison or the like, or it is a "
+        "statistic of another tensor, so a small error in it would not stay small.",
+        "",
+    ),
     "LM300": Reason(
         "No fewer bytes in the end",
         "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",
@@ -135,6 +146,11 @@ REASONS: Final[Mapping[str, Reason]] = {
         "Without a gradient of the scale, the output of the linear layer is not kept for it.",
         "",
     ),
+    "LM309": Reason(
+        "Kept exact by the plan",
+        "The byte budget is met without encoding this tensor, and keeping it exact lowers the gradient error.",
+        "A smaller options['memory_budget'] encodes more.",
+    ),
     "LM900": Reason(
         "The pass raised an error",
         "The pass stopped with an error, its changes to this graph were dropped, and the graph was compiled without it.",
@@ -177,6 +193,11 @@ REWRITES: Final[Mapping[str, Reason]] = {
     "chunk_loss": Reason(
         "Loss computed in chunks",
         "The last linear layer and the loss run over a part of the batch at a time, so the logits are never whole and not kept.",
+        "",
+    ),
+    "encode_saved": Reason(
+        "Kept as integer codes",
+        "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
         "",
     ),
     "pack_masks": Reason(

@@ -1,0 +1,71 @@
+"""Tensors that cross from the forward to the backward graph: exchange one for the parts it is stored in.
+
+For passes of the saved stage, whose context holds the facts of :func:`lowmem_compile.partition.run_saved_stage`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch import fx
+
+from lowmem_compile.contract import Context
+from lowmem_compile.graph import VIEW_OPS, output_values, storage_root
+
+
+def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.Node]) -> list[fx.Node]:
+    """Let the forward graph return ``parts`` in place of ``node``; returns their placeholders in the backward graph.
+
+    The placeholder of ``node`` stays until the caller has replaced its uses (:func:`retire`).
+    """
+    output = graph.output_node()
+    first = ctx.facts["num_user_outputs"]
+    values = list(output_values(graph))
+    index = next(i for i in range(first, len(values)) if values[i] is node)
+    values[index : index + 1] = parts
+    output.args = (tuple(values),)
+    backward: fx.Graph = ctx.facts["backward"]
+    old: fx.Node = ctx.facts["placeholder_of"][node]
+    made = []
+    for part in parts:
+        with backward.inserting_before(old):
+            new = backward.placeholder(part.name)
+        new.meta = {k: v for k, v in old.meta.items() if k != "val"}
+        new.meta["val"] = part.meta["val"]
+        made.append(new)
+    return made
+
+
+def retire(ctx: Context, node: fx.Node) -> None:
+    """Drop the placeholder of ``node`` from the backward graph; nothing reads it any more."""
+    backward: fx.Graph = ctx.facts["backward"]
+    backward.erase_node(ctx.facts["placeholder_of"][node])
+
+
+def behind(node: fx.Node) -> fx.Node:
+    """The node before which work on ``node`` goes: right behind its producer, so that the wide tensor dies at once."""
+    after = node.next
+    while after.op == "placeholder" or after.target is operator.getitem:
+        after = after.next
+    return after
+
+
+def first_reader(node: fx.Node) -> fx.Node:
+    """The earliest node of its graph that reads ``node``."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    return min(node.users, key=lambda n: order[n])
+
+
+def view_chain(node: fx.Node) -> list[fx.Node]:
+    """The views from the storage of ``node`` to it, the first one first; empty if it is no view."""
+    root, chain = storage_root(node), []
+    while node is not root:
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return chain[::-1]
+
+
+def repeatable(chain: Sequence[fx.Node]) -> bool:
+    """Whether the views can be repeated on another tensor of the same layout: no argument is computed in the graph."""
+    return all(n.target in VIEW_OPS and len(n.all_input_nodes) == 1 for n in chain)

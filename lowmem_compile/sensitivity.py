@@ -1,0 +1,165 @@
+"""How the backward graph reads a saved tensor, and so whether a small error in it stays small.
+
+A rule on the graph, not a measurement. From the tensor, follow operations that pass an error on unchanged (views, casts, sums,
+products with other tensors). Where they end in
+
+- exp, log, a division by the tensor, a root, a softmax, sine or cosine: an absolute error becomes a relative one, or worse;
+- a comparison with a constant 0: only the sign matters, and whether it is zero;
+- any other comparison or rounding: a small error flips the result;
+
+the error is amplified. Products of the tensor with itself, sigmoid, tanh, erf and matrix products bound or average it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lowmem_compile.graph import VIEW_OPS
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a tensor is read; ``through`` names the operation that decided."""
+
+    kind: Literal["plain", "compared with zero", "amplified"]
+    through: str = ""
+
+
+PASSED_ON = VIEW_OPS | {
+    aten.clone.default,
+    aten._to_copy.default,
+    prims.convert_element_type.default,
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.neg.default,
+    aten.abs.default,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.where.self,
+    aten.cat.default,
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.var_mean.correction,
+    aten.maximum.default,
+    aten.minimum.default,
+    aten.clamp.default,
+    aten.index.Tensor,
+    aten.gather.default,
+    aten.constant_pad_nd.default,
+}
+AMPLIFIED = {
+    aten.exp.default,
+    aten.exp2.default,
+    aten.expm1.default,
+    aten.log.default,
+    aten.log2.default,
+    aten.log10.default,
+    aten.log1p.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.pow.Tensor_Tensor,
+    aten.sin.default,
+    aten.cos.default,
+    aten.tan.default,
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten.logsumexp.default,
+    aten.sign.default,
+    aten.floor.default,
+    aten.ceil.default,
+    aten.round.default,
+    aten.eq.Tensor,
+    aten.ne.Tensor,
+    aten.lt.Tensor,
+    aten.le.Tensor,
+    aten.gt.Tensor,
+    aten.ge.Tensor,
+    aten.argmax.default,
+    aten.topk.default,
+    aten.sort.default,
+}
+COMPARED = {aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar}
+
+
+def use_of(placeholder: fx.Node) -> Use:
+    """The worst way in which the backward graph reads its input."""
+    worst = Use("plain")
+    seen = {placeholder}
+    work = [placeholder]
+    while work:
+        node = work.pop()
+        for user in node.users:
+            use = _read(user, node)
+            if use.kind == "amplified":
+                return use
+            if use.kind == "compared with zero":
+                if node is not placeholder and not _keeps_sign(node, placeholder):
+                    return Use("amplified", use.through)
+                worst = use
+            elif user not in seen and _passes_on(user, node):
+                seen.add(user)
+                work.append(user)
+    return worst
+
+
+def _read(user: fx.Node, node: fx.Node) -> Use:
+    name = str(user.target)
+    if user.op != "call_function":
+        return Use("plain")
+    if user.target in COMPARED:
+        zero = len(user.args) > 1 and user.args[1] == 0
+        return Use("compared with zero" if zero else "amplified", name)
+    if user.target is aten.pow.Tensor_Scalar:
+        exponent = user.args[1]
+        plain = isinstance(exponent, (int, float)) and exponent >= 1
+        return Use("plain" if plain else "amplified", name)
+    if user.target is aten.div.Tensor and user.args[1] is node:
+        return Use("amplified", "division by it")
+    if user.target is aten.exp.default and _is_logistic(user):
+        return Use("plain")
+    if user.target in AMPLIFIED:
+        return Use("amplified", name)
+    return Use("plain")
+
+
+def _is_logistic(exponential: fx.Node) -> bool:
+    """Whether exp(·) is only the middle of 1 / (1 + exp(·)), whose slope is bounded."""
+    sums = list(exponential.users)
+    return bool(sums) and all(n.target is aten.add.Tensor and n.args[1] == 1 and _divides(n) for n in sums)
+
+
+def _divides(node: fx.Node) -> bool:
+    return all(
+        n.target is aten.reciprocal.default or (n.target is aten.div.Tensor and n.args[1] is node and n.args[0] is not node)
+        for n in node.users
+    )
+
+
+def _passes_on(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an error of ``node`` arrives in ``user`` unchanged, up to a factor."""
+    if user.op != "call_function" or user.target not in PASSED_ON:
+        return False
+    return sum(a is node for a in user.args) == 1 or user.target in (aten.cat.default, aten.index.Tensor)
+
+
+def _keeps_sign(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``node`` is ``source`` seen through views and casts alone."""
+    casts = (aten.clone.default, aten._to_copy.default, prims.convert_element_type.default)
+    while node is not source:
+        if node.target not in VIEW_OPS and node.target not in casts:
+            return False
+        node = node.all_input_nodes[0]
+    return True

@@ -1,0 +1,235 @@
+"""Floating-point tensors that cross from forward to backward are kept as group-wise integer codes.
+
+    before   forward returns x: bf16[..., D];  backward reads x
+    after    forward returns q: i8[..., D], s: bf16[..., D/g];  backward: x̃ = q · s, where x is read
+
+Encode stands right behind the producer of x and decode right before its first reader, so Inductor fuses both and the wide
+tensor lives no longer than in the forward and backward work that reads it. Formats: ``kernels/group_codes``.
+
+Bytes saved: N·itemsize − N·b/8 − 2·N/g for each storage kept.
+Kept exact: tensors whose error backward would amplify (:mod:`lowmem_compile.sensitivity`), statistics, weight copies, what the
+user or the graph's interface holds anyway, small tensors, and modules named in ``options["keep_exact"]``.
+Numerics class: APPROXIMATE. Source: per-group affine-free integer quantisation as in ActNN (arXiv 2104.14129) and GACT
+(arXiv 2206.11357), here on the saved set that the partitioner chose.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from lowmem_compile._torch import select_decomp_table
+from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, retire, view_chain
+from lowmem_compile.graph import is_static, module_path, numel, sizes, splice, storage_root, sympy_numel, tensor_of, tensor_value
+from lowmem_compile.kernels.group_codes import Codec, codec_named
+from lowmem_compile.saved import kind_of
+from lowmem_compile.sensitivity import Use, use_of
+
+SMALLEST = 4096
+"""Elements; below, two more kernels cost more than the bytes are worth."""
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The saved nodes that share one storage, and the node that is encoded for all of them."""
+
+    saved: tuple[fx.Node, ...]
+    encoded: fx.Node
+
+
+class EncodeSaved:
+    """Keep saved tensors as integer codes."""
+
+    name = "encode_saved"
+    stage = Stage.SAVED
+    numerics = Numerics.APPROXIMATE
+
+    def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:
+        if ctx.options.codec == "none":
+            return []
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in ctx.facts["saved"]:
+            value = tensor_of(node)
+            if node.graph is graph and value is not None and value.dtype.is_floating_point and not _is_part(node):
+                groups.setdefault(storage_root(node), []).append(node)
+        return [
+            Match(root, Crossing(tuple(dict.fromkeys(nodes)), _encoded(root, nodes)))
+            for root, nodes in groups.items()
+            if root.op != "placeholder"
+        ]
+
+    def check(self, match: Match, ctx: Context) -> Decline | None:
+        if ctx.options.gradients == "exact":
+            return Decline("LM201", "options['gradients'] is 'exact'")
+        root, crossing = match.node, match.info
+        value = tensor_value(crossing.encoded)
+        outputs = {storage_root(n) for n in ctx.facts["user_outputs"]}
+        if root in outputs:
+            return Decline("LM302", "the tensor is an output of the graph, which is kept alive anyway")
+        if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return Decline("LM203", f"there is no codec for {value.dtype}")
+        pinned = next((n for n in ctx.options.keep_exact if n in module_path(root)), None)
+        if pinned is not None:
+            return Decline("LM211", f"options['keep_exact'] names {pinned!r}")
+        if numel(root) < SMALLEST:
+            return Decline("LM305", "the tensor is small")
+        if kind_of(root, value) != "activation" or is_auxiliary(root):
+            return Decline("LM212", "a statistic or a copy of a weight")
+        if crossing.encoded is root and not all(repeatable(view_chain(n)) for n in crossing.saved):
+            return Decline("LM203", "the backward pass reads views whose sizes are computed in the graph")
+        placeholder_of = ctx.facts["placeholder_of"]
+        uses = [use_of(placeholder_of[n]) for n in crossing.saved]
+        worst = next((u for u in uses if u.kind == "amplified"), None)
+        if worst is not None:
+            return Decline("LM212", f"the backward pass reads it through {worst.through}")
+        codec = codec_of(match, ctx, uses)
+        if codec is None:
+            return Decline("LM309", "the plan keeps it exact")
+        rows, width = rows_and_width(value, codec.group)
+        if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
+            return Decline("LM306", f"as {codec.name} it would take no fewer bytes")
+        if not isinstance(width, int) and codec.bits not in (8, 16):
+            return Decline("LM203", "codes of less than a byte need a last dimension of static size")
+        return None
+
+    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
+        crossing: Crossing = match.info
+        node = crossing.encoded
+        value = tensor_value(node)
+        placeholder_of = ctx.facts["placeholder_of"]
+        codec = codec_of(match, ctx, [use_of(placeholder_of[n]) for n in crossing.saved])
+        assert codec is not None
+        order, tail = memory_order(value), row_dims(value, codec.group)
+        back = [order.index(i) for i in range(len(order))]
+        dtype, rows = value.dtype, [value.shape[d] for d in order]
+        width = math.prod(rows[-tail:])
+        decompositions = dict(select_decomp_table())
+        parts = splice(
+            graph,
+            behind(node),
+            lambda x: codec.encode(merge(x.permute(order), tail)),
+            [node],
+            like=node,
+            decompositions=decompositions,
+        )
+        for i, part in enumerate(parts):
+            scales = codec.bits != 16 and i == len(parts) - 1
+            part.meta["lowmem_kind"] = f"scales of {codec.name} codes" if scales else f"{codec.name} codes"
+        holder, *others = crossing.saved
+        made = exchange(graph, ctx, holder, parts)
+        for other in others:
+            exchange(graph, ctx, other, [])
+        dynamic = not isinstance(width, int)
+
+        def decode(*given: torch.Tensor) -> torch.Tensor:
+            last = given[0].shape[-1] if dynamic else width
+            x = codec.decode(given, last, dtype)
+            return (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
+
+        backward: fx.Graph = ctx.facts["backward"]
+        for saved in crossing.saved:
+            old = placeholder_of[saved]
+            if old.users:
+                chain = view_chain(saved) if node is not saved else []
+                new = splice(backward, first_reader(old), decode, made, like=old, decompositions=decompositions, backward=True)
+                for view in chain:
+                    with backward.inserting_before(first_reader(old)):
+                        copied = backward.node_copy(view, lambda n, new=new: new)  # type: ignore[misc]
+                    copied.meta["partitioner_tag"] = "is_backward"
+                    new = copied
+                old.replace_all_uses_with(new)
+            retire(ctx, saved)
+
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
+        value = tensor_value(match.info.encoded)
+        placeholder_of = ctx.facts["placeholder_of"]
+        codec = codec_of(match, ctx, [use_of(placeholder_of[n]) for n in match.info.saved])
+        assert codec is not None
+        elements = sympy_numel(value)
+        _, width = rows_and_width(value, codec.group)
+        if codec.bits == 16:
+            return elements * (value.element_size() - 2)
+        last = sympy.Integer(width) if isinstance(width, int) else width.node.expr
+        row = codec.nbytes(1, width) if isinstance(width, int) else last + 2
+        return elements * value.element_size() - elements / last * row
+
+
+def codec_of(match: Match, ctx: Context, uses: list[Use]) -> Codec | None:
+    """The codec of a crossing: the plan's if there is one, else the one the options name; ``None`` keeps it exact."""
+    plan: dict[str, str] | None = ctx.facts.get("codecs")
+    name = ctx.options.codec if plan is None else plan.get(match.node.name, "exact")
+    name = "int8" if name == "auto" else name
+    if name == "exact":
+        return None
+    keep_zero = any(u.kind == "compared with zero" for u in uses)
+    return codec_named(name, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero)
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """The dimensions from the one of the largest stride to that of the smallest: permuted so, a dense tensor is contiguous.
+
+    Ties and dynamic strides keep the order of the dimensions.
+    """
+    strides = list(value.stride())
+    if not all(isinstance(s, int) for s in strides):
+        return list(range(value.dim()))
+    return sorted(range(value.dim()), key=lambda d: (-strides[d], d))
+
+
+def is_auxiliary(node: fx.Node) -> bool:
+    """A statistic that an operation returns beside its main result (logsumexp, mean, rstd, philox state)."""
+    if node.target is not operator.getitem or node.args[1] == 0:
+        return False
+    source = node.all_input_nodes[0].target
+    return isinstance(source, torch._ops.OpOverload) and source.namespace == "aten"
+
+
+def _encoded(root: fx.Node, nodes: list[fx.Node]) -> fx.Node:
+    """The saved node itself if it is alone and covers its storage, the storage's owner otherwise."""
+    only = nodes[0]
+    if len(set(nodes)) == 1 and numel(only) == numel(root):
+        return only
+    return root
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Codes and packed values of another pass."""
+    return any(word in node.meta.get("lowmem_kind", "") for word in ("codes", "poison", "mask"))
+
+
+def row_dims(value: torch.Tensor, group: int) -> int:
+    """How many of the last dimensions in memory order make a row: more than one where the last alone is shorter than a group.
+
+    Only static dimensions that lie densely behind one another are merged (the heads of one token).
+    """
+    order = memory_order(value)
+    width, tail = 1, 0
+    for d in reversed(order):
+        size, stride = value.shape[d], value.stride(d)
+        if tail and (width >= group or not isinstance(size, int) or not is_static(stride, width)):
+            break
+        tail += 1
+        if not isinstance(size, int):
+            break
+        width *= size
+    return max(tail, 1)
+
+
+def merge(x: torch.Tensor, tail: int) -> torch.Tensor:
+    """x with its last ``tail`` dimensions as one."""
+    return x.flatten(-tail) if tail > 1 else x
+
+
+def rows_and_width(value: torch.Tensor, group: int) -> tuple[Any, Any]:
+    """Rows, and elements a row, that a codec sees."""
+    shape = [value.shape[d] for d in memory_order(value)]
+    tail = row_dims(value, group) if shape else 0
+    width = math.prod(shape[len(shape) - tail :])
+    return math.prod(shape[: len(shape) - tail]), width
