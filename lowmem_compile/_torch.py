@@ -18,7 +18,6 @@ import torch._functorch.config as functorch_config
 import torch._functorch.partitioners as _partitioners
 import torch._inductor.config as inductor_config
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch.partitioners import (
     MinCutOptions,
@@ -51,7 +50,6 @@ __all__ = [
     "detect_fake_mode",
     "dynamo_counters",
     "dynamo_explain",
-    "expose_constant",
     "functorch_config",
     "inductor_config",
     "list_mode_options",
@@ -122,17 +120,6 @@ class StableDecompositions(dict[Any, Any]):
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[type[str], tuple[str]]:
         return str, (self.key,)
-
-
-def expose_constant(gm: fx.GraphModule, name: str, tensor: torch.Tensor, *, parameter: bool = False) -> None:
-    """Add a tensor to a Dynamo graph module so that AOTAutograd lifts it as one more input."""
-    if parameter:
-        gm.register_parameter(name, cast("torch.nn.Parameter", tensor))
-    else:
-        gm.register_buffer(name, tensor)
-    sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:
-        sources[name] = ConstantSource(name)
 
 
 def dynamo_explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

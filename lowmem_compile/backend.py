@@ -74,8 +74,10 @@ def lowmem(
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more)
-    return entry.wrap(compiled)
+    compiled: Callable[..., Any] = compile_fx(
+        gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more
+    )
+    return compiled
 
 
 lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
@@ -88,7 +90,6 @@ def dynamo_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], device: str,
         "autocast": autocast_dtypes(gm.graph, device),
         "training": entry.training,
         "inputs": {n: t for n, t in zip(placeholders(gm.graph), example_inputs, strict=True) if isinstance(t, torch.Tensor)},
-        "before_call": entry.before_call,
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from lowmem_compile.contract import Context
-from lowmem_compile.graph import VIEW_OPS, output_values, storage_root
+from lowmem_compile.graph import output_values, storage_root
 
 
 def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.Node]) -> list[fx.Node]:
@@ -31,6 +31,7 @@ def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.No
     for part in parts:
         with backward.inserting_before(old):
             new = backward.placeholder(part.name)
+        new.target = new.name  # where the name was taken, FX gives another one, and the two must agree
         new.meta = {k: v for k, v in old.meta.items() if k != "val"}
         new.meta["val"] = part.meta["val"]
         made.append(new)
@@ -68,4 +69,4 @@ def view_chain(node: fx.Node) -> list[fx.Node]:
 
 def repeatable(chain: Sequence[fx.Node]) -> bool:
     """Whether the views can be repeated on another tensor of the same layout: no argument is computed in the graph."""
-    return all(n.target in VIEW_OPS and len(n.all_input_nodes) == 1 for n in chain)
+    return all(len(n.all_input_nodes) == 1 for n in chain)

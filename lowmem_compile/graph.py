@@ -37,6 +37,15 @@ VIEW_OPS = frozenset(
         aten.as_strided.default,
     }
 )
+SPLIT_OPS = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.chunk.default,
+    }
+)
+"""Operations that return a list of views."""
 INHERITED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "custom", "original_aten")
 
 
@@ -120,8 +129,12 @@ def sympy_numel(value: torch.Tensor) -> sympy.Expr:
 
 def storage_root(node: fx.Node) -> fx.Node:
     """The node whose storage a chain of views reads."""
-    while node.op == "call_function" and node.target in VIEW_OPS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        below = node.args[0]
+        of_list = node.target is operator.getitem and below.target in SPLIT_OPS
+        if not of_list and node.target not in VIEW_OPS and node.target not in SPLIT_OPS:
+            break
+        node = below
     return node
 
 

@@ -48,7 +48,7 @@ class Options:
             ``"int8"`` to ``"int3"``, group-wise codes of so many bits.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).
-        keep_exact: parts of module paths; what such modules save is not encoded.
+        keep_exact: module paths, or whole parts of them (``"layer.0"``); what such modules save is not encoded.
         disable: names of passes not to run.
         strict: raise when a pass fails, instead of compiling without it.
         report: collect what :func:`lowmem_compile.report` shows (about the cost of tracing the model once).

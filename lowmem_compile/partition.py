@@ -38,9 +38,10 @@ log = logging.getLogger(__name__)
 
 KEPT_WHOLE = tuple(ACTIVATIONS)
 OWN_OPS: dict[str, Callable[..., Any]] = {
-    "lowmem.normalize.default": normalize_reference,
-    "lowmem.normalize_backward.default": normalize_backward_reference,
+    "lowmem.normalize.default": lambda *args: tuple(t.contiguous() for t in normalize_reference(*args)),
+    "lowmem.normalize_backward.default": lambda *args: normalize_backward_reference(*args).contiguous(),
 }
+"""The operations' definitions, with the layout that they promise."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ def partition_joint(
     chosen = choose(partitions, ctx)
     recorder.adopt(record if chosen == "lowmem" else declined(record))
     winner = partitions[chosen]
-    compiled = Partition(copy_module(winner.forward), copy_module(winner.backward), winner.num_user_outputs)
-    run_saved_stage(compiled, ctx, recorder)
+    compiled = after_saved_stage(winner, ctx, recorder)
     recorder.dump("forward", compiled.forward)
     recorder.dump("backward", compiled.backward)
     log.info("saved for backward: %s; compiled: %s", {n: p.saved_bytes() for n, p in partitions.items()}, chosen)
@@ -162,6 +162,24 @@ def _classes_that_do_not_pay(
             dropped |= names
             best = without
     return dropped
+
+
+def after_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> Partition:
+    """A copy of a partition after the passes over the tensors that cross from forward to backward.
+
+    Such a pass changes two graphs, so a failure is undone by starting again from a copy without the pass.
+    """
+    without = ctx.options.disable
+    while True:
+        trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
+        record = Recorder(recorder.graph_id, recorder.dump_dir, pending=[])
+        run_saved_stage(trial, replace(ctx, options=replace(ctx.options, disable=without)), record)
+        if not record.failures:
+            recorder.adopt(record)
+            return trial
+        recorder.sites += [s for s in record.sites if s.action == "failed"]
+        recorder.runs += [r for r in record.runs if r.name in record.failures]
+        without = (*without, *record.failures)
 
 
 def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> None:

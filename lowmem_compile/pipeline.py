@@ -66,6 +66,8 @@ class Recorder:
     sites: list[Site] = field(default_factory=list)
     runs: list[PassRun] = field(default_factory=list)
     dumped: int = 0
+    failures: list[str] = field(default_factory=list)
+    """Names of the passes that failed."""
     pending: list[tuple[str, str]] | None = None
     """Dumps held back until a trial is adopted; ``None`` writes at once."""
 
@@ -165,6 +167,8 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
             replace(site_of(p, m, ctx, Decline("LM900", f"{type(error).__name__}: {error}")), action="failed") for m in matches
         ]
         done = []
+        if recorder is not None:
+            recorder.failures.append(p.name)
     if recorder is not None:
         gm.recompile()
         recorder.sites += sites

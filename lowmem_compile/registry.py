@@ -11,7 +11,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ class Entry:
     chosen: str = ""
     baseline: Callable[[], dict[str, Any]] | None = None
     """Counts what Inductor would save for the graph as Dynamo captured it, when passes changed it before AOTAutograd."""
-    before_call: list[Callable[[], None]] = field(default_factory=list)
 
     def partitioned(self, candidates: Any) -> None:
         """Called by the partitioner: keep the report, and write it beside the cache."""
@@ -97,20 +96,6 @@ class Entry:
     def sidecar(self) -> Path:
         """The JSON file of this graph's report."""
         return inductor_cache_dir() / "lowmem" / f"{self.key}.json"
-
-    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """Run what has to happen before every call (folded weights kept up to date)."""
-        if not self.before_call:
-            return compiled
-
-        def call(*args: Any) -> Any:
-            for action in self.before_call:
-                action()
-            return compiled(*args)
-
-        if hasattr(compiled, "_boxed_call"):  # takes one list of arguments, which passes through unchanged
-            call._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
-        return call
 
     def belongs_to(self, tensors: set[int], frames: set[tuple[str, str]]) -> bool:
         """Whether this graph reads one of the tensors or was traced from one of the frames."""

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lowmem_compile.graph import VIEW_OPS
+from lowmem_compile._torch import op_types
+from lowmem_compile.graph import VIEW_OPS, numel
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -113,6 +114,27 @@ def use_of(placeholder: fx.Node) -> Use:
                 seen.add(user)
                 work.append(user)
     return worst
+
+
+def becomes_gradient(placeholder: fx.Node) -> bool:
+    """Whether the backward graph only scales, casts or adds the tensor on its way to one of its results.
+
+    Such a tensor is a gradient already (of a weight, computed with the loss): it is as large at the end of the backward pass, so
+    that keeping it in codes in between adds a copy and frees nothing.
+    """
+    ops = op_types()
+    seen, work = {placeholder}, [placeholder]
+    while work:
+        for user in work.pop().users:
+            if user.op == "output" or user in seen:
+                continue
+            if user.target not in VIEW_OPS and not ops.is_fusible(user):
+                return False
+            if numel(user) < numel(placeholder):
+                return False
+            seen.add(user)
+            work.append(user)
+    return len(seen) > 1
 
 
 def _read(user: fx.Node, node: fx.Node) -> Use:

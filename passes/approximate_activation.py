@@ -97,11 +97,13 @@ def unpack_slope(packed: tuple[torch.Tensor, ...], width: int, low: float, high:
     """f32[..., width]: the slopes that :func:`pack_slope` packed."""
     step = (high - low) / (2**bits - 1)
     if bits == 8:
-        return packed[0].to(torch.float32) * step + (low + 128 * step)
+        whole: torch.Tensor = packed[0].to(torch.float32) * step + (low + 128 * step)
+        return whole
     runs, length = code_runs(width, bits)
     code = unpack_codes(packed, length, bits)
-    slope = code * step + low
-    return slope.reshape(*slope.shape[:-2], runs * length)[..., :width]
+    slope: torch.Tensor = code * step + low
+    rows: torch.Tensor = slope.reshape(*slope.shape[:-2], runs * length)[..., :width]
+    return rows
 
 
 def poison(h: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, 
 from lowmem_compile.graph import is_static, module_path, numel, sizes, splice, storage_root, sympy_numel, tensor_of, tensor_value
 from lowmem_compile.kernels.group_codes import Codec, codec_named
 from lowmem_compile.saved import kind_of
-from lowmem_compile.sensitivity import Use, use_of
+from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
 SMALLEST = 4096
 """Elements; below, two more kernels cost more than the bytes are worth."""
@@ -75,7 +75,8 @@ class EncodeSaved:
             return Decline("LM302", "the tensor is an output of the graph, which is kept alive anyway")
         if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return Decline("LM203", f"there is no codec for {value.dtype}")
-        pinned = next((n for n in ctx.options.keep_exact if n in module_path(root)), None)
+        path = f".{module_path(root)}."
+        pinned = next((n for n in ctx.options.keep_exact if f".{n}." in path), None)
         if pinned is not None:
             return Decline("LM211", f"options['keep_exact'] names {pinned!r}")
         if numel(root) < SMALLEST:
@@ -86,12 +87,12 @@ class EncodeSaved:
             return Decline("LM203", "the backward pass reads views whose sizes are computed in the graph")
         placeholder_of = ctx.facts["placeholder_of"]
         uses = [use_of(placeholder_of[n]) for n in crossing.saved]
+        if all(becomes_gradient(placeholder_of[n]) for n in crossing.saved):
+            return Decline("LM215", "the backward pass hands it on as a gradient")
         worst = next((u for u in uses if u.kind == "amplified"), None)
         if worst is not None:
             return Decline("LM212", f"the backward pass reads it through {worst.through}")
-        codec = codec_of(match, ctx, uses)
-        if codec is None:
-            return Decline("LM309", "the plan keeps it exact")
+        codec = codec_of(ctx, uses)
         rows, width = rows_and_width(value, codec.group)
         if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
             return Decline("LM306", f"as {codec.name} it would take no fewer bytes")
@@ -104,8 +105,7 @@ class EncodeSaved:
         node = crossing.encoded
         value = tensor_value(node)
         placeholder_of = ctx.facts["placeholder_of"]
-        codec = codec_of(match, ctx, [use_of(placeholder_of[n]) for n in crossing.saved])
-        assert codec is not None
+        codec = codec_of(ctx, [use_of(placeholder_of[n]) for n in crossing.saved])
         order, tail = memory_order(value), row_dims(value, codec.group)
         back = [order.index(i) for i in range(len(order))]
         dtype, rows = value.dtype, [value.shape[d] for d in order]
@@ -121,7 +121,8 @@ class EncodeSaved:
         )
         for i, part in enumerate(parts):
             scales = codec.bits != 16 and i == len(parts) - 1
-            part.meta["lowmem_kind"] = f"scales of {codec.name} codes" if scales else f"{codec.name} codes"
+            for named in (part, storage_root(part)):
+                named.meta["lowmem_kind"] = f"scales of {codec.name} codes" if scales else f"{codec.name} codes"
         holder, *others = crossing.saved
         made = exchange(graph, ctx, holder, parts)
         for other in others:
@@ -141,7 +142,7 @@ class EncodeSaved:
                 new = splice(backward, first_reader(old), decode, made, like=old, decompositions=decompositions, backward=True)
                 for view in chain:
                     with backward.inserting_before(first_reader(old)):
-                        copied = backward.node_copy(view, lambda n, new=new: new)  # type: ignore[misc]
+                        copied = backward.node_copy(view, lambda _, new=new: new)  # type: ignore[misc]
                     copied.meta["partitioner_tag"] = "is_backward"
                     new = copied
                 old.replace_all_uses_with(new)
@@ -150,8 +151,7 @@ class EncodeSaved:
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
         value = tensor_value(match.info.encoded)
         placeholder_of = ctx.facts["placeholder_of"]
-        codec = codec_of(match, ctx, [use_of(placeholder_of[n]) for n in match.info.saved])
-        assert codec is not None
+        codec = codec_of(ctx, [use_of(placeholder_of[n]) for n in match.info.saved])
         elements = sympy_numel(value)
         _, width = rows_and_width(value, codec.group)
         if codec.bits == 16:
@@ -161,13 +161,9 @@ class EncodeSaved:
         return elements * value.element_size() - elements / last * row
 
 
-def codec_of(match: Match, ctx: Context, uses: list[Use]) -> Codec | None:
-    """The codec of a crossing: the plan's if there is one, else the one the options name; ``None`` keeps it exact."""
-    plan: dict[str, str] | None = ctx.facts.get("codecs")
-    name = ctx.options.codec if plan is None else plan.get(match.node.name, "exact")
-    name = "int8" if name == "auto" else name
-    if name == "exact":
-        return None
+def codec_of(ctx: Context, uses: list[Use]) -> Codec:
+    """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
+    name = "int8" if ctx.options.codec == "auto" else ctx.options.codec
     keep_zero = any(u.kind == "compared with zero" for u in uses)
     return codec_named(name, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero)
 
@@ -212,7 +208,7 @@ def row_dims(value: torch.Tensor, group: int) -> int:
     order = memory_order(value)
     width, tail = 1, 0
     for d in reversed(order):
-        size, stride = value.shape[d], value.stride(d)
+        size, stride = sizes(value)[d], value.stride(d)
         if tail and (width >= group or not isinstance(size, int) or not is_static(stride, width)):
             break
         tail += 1

@@ -7,7 +7,8 @@ Gradients stay exact, through autograd on the two small expressions: with G' = d
     dW = diag(λ)·G'        db = λ∘d        dλ = row sums of (W ∘ G') + b∘d
 Nothing is divided by λ. W' exists in the graph only, is recomputed in backward and never saved; no state_dict shows it.
 Bytes saved: N·O·itemsize a site (two sites a block in DINOv2, CaiT, BEiT and other vision transformers).
-Declined: λ frozen (y is not needed then, LM308), y used elsewhere (LM206), dropout with p > 0 in between is not matched.
+Declined: λ frozen (y is not needed then, LM308), y used elsewhere (LM206), grad mode, autocast or a value changes between the
+two (LM214); dropout with p > 0 in between is not matched.
 Numerics class: REASSOCIATED (W' is rounded once in W's dtype). Source: Touvron et al. 2021 (LayerScale); derivation here.
 """
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.effects import may_read_together
 from lowmem_compile.graph import (
     argument,
     emit,
@@ -67,6 +69,10 @@ class FoldLayerScale:
             return Decline("LM206", "the vector does not scale the outputs of the linear")
         if not scale.requires_grad:
             return Decline("LM308", "the scale is frozen, so the output of the linear is not saved for it")
+        inputs = (*site.linear.all_input_nodes, site.scale, site.linear, *site.between)
+        effect = may_read_together(site.linear, match.node, inputs)
+        if effect:
+            return Decline("LM214", effect)
         if numel(match.node) <= 2 * numel(argument(site.linear, 1)) // max(int(weight.shape[0]), 1):
             return Decline("LM306", "the output is smaller than a row of the weight")
         if tensor_value(site.linear).dtype != product.dtype and not ctx.facts.get("autocast", {}).get(site.linear):

@@ -6,21 +6,21 @@
 Gradients stay exact, through autograd on the two small expressions, with G' = dZᵀ xhat and d = column sums of dZ:
     dW = G'·diag(γ) + d βᵀ        dγ = Σ_consumers column-sums(W ∘ G')        dβ = Σ_consumers Wᵀ d
 W, γ and β stay the parameters; W' and b' exist in the graph only, are recomputed in backward and never saved, and no state_dict
-shows them. Where W, b, γ and β are all frozen, W' and b' are made once, outside the step, and made again when one of the four is
-changed in place (this costs a copy of W). Tied weights are safe: W itself is not touched. Consumers that are not linears (the
-residual of a post-norm model) keep reading y.
+shows them. They are made in every step, also where W, b, γ and β are all frozen: Dynamo runs one graph for several modules, and
+a write to ``.data`` leaves no trace, so a copy made outside the step could be another module's, or stale. It costs 1/N of the
+product it feeds. Tied weights are safe: W itself is not touched. Consumers that are not linears (the residual of a post-norm
+model) keep reading y.
 
 ``options["fold_norm_affine"]``: ``"auto"`` folds only where it saves bytes. While the backward pass may recompute pointwise
 operations (``options["recompute"] == "pointwise"``) y is rebuilt from xhat for nothing, so folding saves no byte and is declined
 (LM307); under Inductor's own recompute rule it saves one y a norm. ``"always"`` folds wherever it is legal.
-Declined: no linear reads y (LM304), only dropout does (LM209).
+Declined: no linear reads y (LM304), only dropout does (LM209), a value changes between the two (LM214).
 Numerics class: REASSOCIATED. Source: LowMemoryBP (ICML 2024), affine merging; with b' = b + W β (the unscaled W).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lowmem_compile._torch import expose_constant
 from lowmem_compile.cone import is_cast
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.effects import may_read_together
 from lowmem_compile.graph import argument, emit, optional_argument, sympy_numel, tensor_of, tensor_value
 from lowmem_compile.kernels.normalize import normalize
 
@@ -49,6 +49,8 @@ class Affine:
     shift: fx.Node | None
     linears: tuple[fx.Node, ...]
     dropout: bool
+    effect: str = ""
+    """Why linears that read the output cannot read xhat instead, if there are such."""
 
 
 class FoldNormAffine:
@@ -76,87 +78,44 @@ class FoldNormAffine:
         if not affine.linears:
             if affine.dropout:
                 return Decline("LM209", "a dropout stands between the norm and the linear")
+            if affine.effect:
+                return Decline("LM214", affine.effect)
             return Decline("LM304", "no linear reads the output of this norm")
         if not wanted(ctx):
             return Decline("LM307", "the backward pass rebuilds the affine from xhat; folding saves no bytes")
         return None
 
-    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
-        affine: Affine = match.info
+    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:  # noqa: ARG002
+        affine = affine_of(match.info.xhat)  # anew: folding another norm may have replaced the nodes of this one
         for linear in affine.linears:
-            self._fold(graph, affine, linear, ctx)
+            self._fold(graph, affine, linear)
         node: fx.Node = affine.output
         while node is not affine.xhat and not node.users:
             below = next(i for i in node.all_input_nodes if i is affine.xhat or _reaches(i, affine.xhat))
             graph.erase_node(node)
             node = below
 
-    def _fold(self, graph: fx.Graph, affine: Affine, linear: fx.Node, ctx: Context) -> None:
+    def _fold(self, graph: fx.Graph, affine: Affine, linear: fx.Node) -> None:
         weight, bias = argument(linear, 1), optional_argument(linear, 2, "bias")
-        inputs: dict[fx.Node, torch.Tensor] = ctx.facts.get("inputs", {})
-        parts = [weight, affine.scale, affine.shift, bias]
-        frozen = all(p is None or _is_frozen_parameter(inputs.get(p)) for p in parts)
-        w: fx.Node
-        b: fx.Node | None
+        w, b, x = weight, bias, affine.xhat
+        own = tensor_value(weight).dtype
+        wide = torch.float64 if own == torch.float64 else torch.float32
+
+        def cast(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+            return node if tensor_value(node).dtype == dtype else emit(graph, "to", (node, dtype), like=linear)
+
         with graph.inserting_before(linear):
-            dtype = tensor_value(affine.output).dtype
-            x = affine.xhat
-            if tensor_value(x).dtype != dtype:
-                x = emit(graph, "to", (x, dtype), like=linear)
-            if frozen:
-                w, b = self._fold_once([None if p is None else inputs[p] for p in parts], linear, ctx)
-            else:
-                w, b = weight, bias
-                if affine.scale is not None:
-                    w = emit(graph, torch.mul, (weight, affine.scale), like=linear)
-                    if tensor_value(w).dtype != tensor_value(weight).dtype:
-                        w = emit(graph, "to", (w, tensor_value(weight).dtype), like=linear)
-                if affine.shift is not None:
-                    b = emit(graph, torch.mul, (emit(graph, "float", (weight,), like=linear), affine.shift), like=linear)
-                    b = emit(graph, "sum", (b, -1), like=linear)
-                    if bias is not None:
-                        b = emit(graph, torch.add, (b, bias), like=linear)
-                    b = emit(graph, "to", (b, tensor_value(weight).dtype), like=linear)
+            x = cast(x, tensor_value(affine.output).dtype)
+            if affine.scale is not None:
+                w = cast(emit(graph, torch.mul, (weight, affine.scale), like=linear), own)
+            if affine.shift is not None:
+                b = emit(graph, "sum", (emit(graph, torch.mul, (cast(weight, wide), affine.shift), like=linear), -1), like=linear)
+                if bias is not None:
+                    b = emit(graph, torch.add, (b, bias), like=linear)
+                b = cast(b, own)
             new = emit(graph, linear.target, (x, w, b), like=linear)
         linear.replace_all_uses_with(new)
         graph.erase_node(linear)
-
-    def _fold_once(self, parts: list[torch.Tensor | None], linear: fx.Node, ctx: Context) -> tuple[fx.Node, fx.Node | None]:
-        weight, scale, shift, bias = parts
-        if weight is None:
-            raise AssertionError("a linear without a weight")
-        gm: fx.GraphModule = ctx.facts["gm"]
-        folded_w, folded_b = fold(weight, scale, shift, bias)
-        watched = [p for p in parts if p is not None]
-        state = [(p._version, p.data_ptr()) for p in watched]
-
-        def refresh() -> None:
-            now = [(p._version, p.data_ptr()) for p in watched]
-            if now != state:
-                state[:] = now
-                w, b = fold(weight, scale, shift, bias)
-                with torch.no_grad():
-                    folded_w.copy_(w)
-                    if folded_b is not None and b is not None:
-                        folded_b.copy_(b)
-
-        actions: list[Callable[[], None]] = ctx.facts["before_call"]
-        actions.append(refresh)
-        nodes: list[fx.Node | None] = []
-        for kind, tensor in (("weight", folded_w), ("bias", folded_b)):
-            if tensor is None:
-                nodes.append(None)
-                continue
-            name = f"lowmem_folded_{linear.name}_{kind}"
-            expose_constant(gm, name, tensor)
-            node = gm.graph.get_attr(name)
-            like = argument(linear, 1).meta["example_value"]
-            with like.fake_mode:
-                node.meta = {**linear.meta, "example_value": torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)}
-            nodes.append(node)
-        if nodes[0] is None:
-            raise AssertionError("the folded weight is missing")
-        return nodes[0], nodes[1]
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
         value = match.info.output.meta["example_value"]
@@ -167,17 +126,6 @@ def wanted(ctx: Context) -> bool:
     """Whether the options ask for folding, or it saves bytes under them."""
     fold_option = ctx.options.fold_norm_affine
     return fold_option == "always" or (fold_option == "auto" and ctx.options.recompute == "inductor")
-
-
-def fold(
-    weight: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(W·diag(γ), b + W β) in float32 arithmetic, in W's dtype."""
-    with torch.no_grad():
-        wide = weight.float()
-        folded = wide if scale is None else wide * scale.float()
-        moved = bias if shift is None else (wide @ shift.float() + (0 if bias is None else bias.float())).to(weight.dtype)
-        return folded.to(weight.dtype).clone(), None if moved is None else moved.clone()
 
 
 def affine_of(xhat: fx.Node) -> Affine:
@@ -199,17 +147,15 @@ def affine_of(xhat: fx.Node) -> Affine:
     linears = tuple(u for u in node.users if u.op == "call_function" and u.target in LINEARS and u.args[:1] == (node,))
     linears = tuple(u for u in linears if len(u.args) >= 2 and u.args[1] is not node)
     dropout = any(getattr(u.target, "__name__", "") == "dropout" for u in node.users)
-    return Affine(xhat, node, scale, shift, linears, dropout)
-
-
-def _is_frozen_parameter(tensor: torch.Tensor | None) -> bool:
-    """A parameter is the same object in every call; another graph input may change from call to call."""
-    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+    values = [n for n in (node, scale, shift) if n is not None]
+    effects = {u: may_read_together(xhat, u, values) for u in linears}
+    allowed = tuple(u for u in linears if not effects[u])
+    return Affine(xhat, node, scale, shift, allowed, dropout, next(filter(None, effects.values()), ""))
 
 
 def _vector(user: fx.Node, node: fx.Node) -> fx.Node | None:
     """The other operand of a binary operation, if it is a vector over the last dimension."""
-    if user.op != "call_function" or len(user.args) != 2:
+    if user.op != "call_function" or len(user.args) != 2 or user.kwargs:
         return None
     others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
     value = tensor_of(others[0]) if len(others) == 1 else None

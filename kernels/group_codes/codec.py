@@ -9,24 +9,31 @@ Codes are stored as q + m in b bits, in planes of 8, 4, 2 and 1 bits (6 = 4 + 2)
 byte: element k of R runs lies in bits w·(k // (R/r)) of the bytes of run k % (R/r). R = 8/(narrowest plane), so R = 1 at 8
 bits, 2 at 4, 4 at 6, 8 at odd widths. All loads and stores are contiguous along a run, which is what vector units want.
 
-The scale is rounded to bfloat16 before it divides, so it costs range (at most 2⁻⁹), not accuracy. No clamp is needed:
+The scale is rounded to bfloat16 before it divides, so it costs range (at most 2⁻⁸), not accuracy. No clamp is needed:
 |x / s| <= m·(1 + 2⁻⁸) rounds to at most m for m <= 127.
 
-NaN and Inf: the group's scale is NaN or Inf, and all its elements decode to NaN. Nothing outside the group changes.
-Zeros: s = 0, decodes to 0. Values below 1.2e-38·m may decode to 0. Numerics class: APPROXIMATE.
+NaN and Inf: the group's scale is NaN, and all its elements decode to NaN. Nothing outside the group changes.
+Zeros: s = 0, decodes to 0; so does a group whose scale would be subnormal. A decoded value never exceeds the dtype's range.
+Numerics class: APPROXIMATE.
 
 Errors for a Gaussian row at g = 64, relative root mean square: 0.6 % at 8 bits, 2.4 % at 6, 5 % at 5, 11 % at 4.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Size = int | torch.SymInt
+
 WIDTHS = (8, 4, 2, 1)
+SMALLEST_SCALE = 2.0**-126
+"""The smallest normal number; groups with a smaller scale decode to zero."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Codec:
         step/√12 with step = 2.65 σ/m; for 16 bits the rounding of bfloat16. Stochastic rounding: √2 times that.
         """
         if self.bits == 16:
-            return float(2**-9 / 3**0.5)
+            return float(0.73 * 2**-7 / 12**0.5)
         return 2.65 / self.largest / 12**0.5 * (2**0.5 if self.stochastic else 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -73,7 +80,7 @@ class Codec:
         """
         if self.bits == 16:
             return (x.to(torch.bfloat16),)
-        width = x.shape[-1]
+        width: Size = x.shape[-1]
         runs, length, group = self.layout(width)
         rows = _padded(x.to(torch.float32), runs * -(-width // runs) if isinstance(width, int) else width)
         rows = rows.reshape(*rows.shape[:-1], runs, rows.shape[-1] // runs)
@@ -81,12 +88,15 @@ class Codec:
         cells = cells.reshape(*cells.shape[:-1], length // group, group)
         scale = (cells.abs().amax(-1, keepdim=True) * (1.0 / self.largest)).to(torch.bfloat16)
         wide = scale.to(torch.float32)
-        code = self._round(cells * torch.where(wide > 0, 1.0 / wide, 0.0), cells)
+        usable = (wide >= SMALLEST_SCALE) & (wide < math.inf)
+        inverse = torch.where(usable, 1.0 / wide, 0.0)
+        scale = torch.where(usable, scale, torch.where(wide < SMALLEST_SCALE, 0.0, math.nan).to(torch.bfloat16))
+        code = torch.where(usable, self._round(cells * inverse, cells), 0.0)
         code = code.reshape(*x.shape[:-1], runs, length)
         parts = [code.to(torch.int8).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
         return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
 
-    def decode(self, parts: tuple[Tensor, ...], width: int, dtype: torch.dtype) -> Tensor:
+    def decode(self, parts: tuple[Tensor, ...], width: Size, dtype: torch.dtype) -> Tensor:
         """x̃[..., width] in ``dtype`` from what :meth:`encode` returned."""
         if self.bits == 16:
             return parts[0].to(dtype)
@@ -99,7 +109,8 @@ class Codec:
             code = unpack_codes(codes, length, self.bits) - float(self.largest)
         cells = code.reshape(*lead, runs, length // group, group)
         cells = cells * scale.to(torch.float32).reshape(*lead, runs, length // group, 1)
-        out = cells.to(dtype).reshape(*lead, runs, length)
+        limit = torch.finfo(dtype).max  # m·s may lie above the largest element by the rounding of s
+        out = cells.clamp(-limit, limit).to(dtype).reshape(*lead, runs, length)
         if isinstance(width, int):
             out = out[..., : -(-width // runs)].reshape(*lead, -(-width // runs) * runs)[..., :width]
         else:
@@ -111,9 +122,9 @@ class Codec:
         if self.bits == 16:
             return rows * width * 2
         runs, length, group = self.layout(width)
-        return rows * (runs * length * self.bits // 8 + 2 * runs * (length // group))
+        return int(rows * (runs * length * self.bits // 8 + 2 * runs * (length // group)))
 
-    def layout(self, width: int) -> tuple[int, int, int]:
+    def layout(self, width: Size) -> tuple[int, Any, Any]:
         """Runs R of a row, elements L a run (a multiple of the group), elements g a group."""
         if not isinstance(width, int):
             return 1, width, width
@@ -147,9 +158,9 @@ def planes(bits: int) -> tuple[int, ...]:
     return tuple(w for w in WIDTHS if bits & w)
 
 
-def _padded(x: Tensor, width: int) -> Tensor:
+def _padded(x: Tensor, width: Size) -> Tensor:
     """x with zeros behind its last dimension, up to ``width``."""
-    have = x.shape[-1]
+    have: Size = x.shape[-1]
     if not isinstance(have, int) or have == width:
         return x
     padded: Tensor = torch.ops.aten.constant_pad_nd(x, [0, width - have])

@@ -99,6 +99,18 @@ REASONS: Final[Mapping[str, Reason]] = {
         "statistic of another tensor, so a small error in it would not stay small.",
         "",
     ),
+    "LM214": Reason(
+        "A side effect stands in between",
+        "Between the two operations the graph changes grad mode or autocast, or writes to a value in place, so they cannot be "
+        "computed together.",
+        "",
+    ),
+    "LM215": Reason(
+        "A gradient already",
+        "The tensor was computed with the loss and becomes the gradient of a weight, so it is as large again as soon as the "
+        "backward pass begins; codes in between would add a copy.",
+        "",
+    ),
     "LM300": Reason(
         "No fewer bytes in the end",
         "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",
@@ -145,11 +157,6 @@ REASONS: Final[Mapping[str, Reason]] = {
         "The scale is frozen",
         "Without a gradient of the scale, the output of the linear layer is not kept for it.",
         "",
-    ),
-    "LM309": Reason(
-        "Kept exact by the plan",
-        "The byte budget is met without encoding this tensor, and keeping it exact lowers the gradient error.",
-        "A smaller options['memory_budget'] encodes more.",
     ),
     "LM900": Reason(
         "The pass raised an error",

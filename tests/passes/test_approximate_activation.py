@@ -35,7 +35,7 @@ TABLES: list[dict[str, Any]] = [
 ]
 
 
-def compile_graphs(model: nn.Module, **options: Any) -> Graphs:
+def compile_graphs(model: Callable[..., Any], **options: Any) -> Graphs:
     """With step codes, unless the options say otherwise."""
     return compile_any(model, **{"table": "derivative", **options})
 

@@ -22,9 +22,14 @@ OTHER: Mapping[str, Any] = {
     "gradients": "exact",
     "table": "primitive",
     "code_bits": 2,
+    "slope_bits": 4,
     "recompute": "inductor",
     "fold_norm_affine": "never",
     "chunked_loss": "never",
+    "codec": "int4",
+    "codec_group": 32,
+    "rounding": "stochastic",
+    "keep_exact": ["lm_head"],
     "disable": ["pack_masks"],
     "strict": True,
     "report": False,
@@ -49,7 +54,7 @@ def test_every_option_changes_the_identity(name: str) -> None:
 
 
 def test_the_identity_is_stable_and_never_empty() -> None:
-    assert identity(Options()) == identity(Options.from_dict({"disable": []}))
+    assert identity(Options()) == identity(Options.from_dict({"disable": [], "keep_exact": []}))
     assert Partitioner(Options(), "cpu", None).uuid()
 
 
@@ -90,6 +95,16 @@ def test_the_identity_covers_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"gradients": True}, ["gradients", "True"]),
         ({"code_bits": 3}, ["code_bits", "2", "4", "3"]),
         ({"code_bits": "4"}, ["code_bits", "'4'"]),
+        ({"slope_bits": 3}, ["slope_bits", "4", "8", "3"]),
+        ({"codec": "int2"}, ["codec", "'auto'", "'none'", "'bf16'", "'int8'", "'int3'", "'int2'"]),
+        ({"codec": None}, ["codec", "'none'", "None"]),
+        ({"codec_group": 7}, ["codec_group", "8 or more", "7"]),
+        ({"codec_group": 64.0}, ["codec_group", "64.0"]),
+        ({"codec_group": True}, ["codec_group", "True"]),
+        ({"rounding": "down"}, ["rounding", "'nearest'", "'stochastic'", "'down'"]),
+        ({"keep_exact": "lm_head"}, ["keep_exact", "list of module names"]),
+        ({"keep_exact": [""]}, ["keep_exact"]),
+        ({"keep_exact": [1]}, ["keep_exact"]),
         ({"strict": "yes"}, ["strict", "'yes'", "True or False"]),
         ({"strict": 1}, ["strict", "1"]),
         ({"disable": "pack_masks"}, ["disable", "list of pass names"]),
@@ -142,6 +157,7 @@ def test_the_order_of_the_passes() -> None:
         "norm_from_output",
         "approximate_activation",
         "pack_masks",
+        "encode_saved",
     ]
     order = ["dynamo", "joint", "saved"]
     stages = [order.index(p.stage.value) for p in PASSES]
