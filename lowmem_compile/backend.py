@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -74,10 +74,10 @@ def lowmem(
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
-    compiled: Callable[..., Any] = compile_fx(
+    compiled: Any = compile_fx(
         gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more
     )
-    return compiled
+    return cast("Callable[..., Any]", compiled)
 
 
 lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()

@@ -237,11 +237,6 @@ def test_keep_exact_names_one_of_two_modules() -> None:
     assert sorted(graphs.codes(NAME)) == ["LM100", "LM100", "LM211"]
 
 
-def test_the_plan_keeps_it_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode_saved, "codec_of", lambda *_: None)
-    check_exact(Block(), [rows()], ["LM309"])
-
-
 def test_statistics_decline() -> None:
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
     check_exact(model, [torch.randn(SMALLEST, 64, requires_grad=True)], ["LM212", "LM212"])
@@ -313,7 +308,7 @@ def test_fused_attention(name: str) -> None:
     statistic = 8 * 4 * 128 * 4
     exact = [t for t in graphs.chosen.saved_tensors() if t.dtype == "float32"]
     assert [t.nbytes for t in exact] == [statistic]
-    assert held(graphs, model, [x]) == graphs.chosen.saved_bytes() == statistic + nbytes(name, 1024, 256)
+    assert held(graphs, model, [x]) == graphs.chosen.saved_bytes() == statistic + nbytes(name, 1024, 192) + nbytes(name, 1024, 64)
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
@@ -326,8 +321,8 @@ def test_several_views_of_one_storage(name: str) -> None:
     model, x = Model(wide=192, last=64), rows()
     graphs = compile_graphs(model, codec=name)
     check(graphs, model, [x], 2 * CODECS[name].error)
-    assert graphs.codes(NAME) == ["LM100"]
-    assert held(graphs, model, [x]) == graphs.chosen.saved_bytes() == nbytes(name, ROWS, 192)
+    assert graphs.codes(NAME) == ["LM100", "LM100"]  # the projection, and the sigmoid that the partitioner keeps
+    assert held(graphs, model, [x]) == graphs.chosen.saved_bytes() == nbytes(name, ROWS, 192) + nbytes(name, ROWS, 64)
 
 
 @pytest.mark.parametrize("name", ["int8", "int3"])
