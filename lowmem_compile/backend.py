@@ -74,9 +74,7 @@ def lowmem(
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
-    compiled: Any = compile_fx(
-        gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more
-    )
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more)
     return cast("Callable[..., Any]", compiled)
 
 

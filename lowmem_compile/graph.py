@@ -192,13 +192,29 @@ def splice(
     trace, module, sequence number). Sizes must be read from the traced tensors, not from a closure, so that symbolic
     shapes stay symbolic.
     """
+    return insert(graph, before, trace(fn, args, decompositions), args, like=like, backward=backward)
+
+
+def trace(fn: Callable[..., Any], args: Sequence[fx.Node], decompositions: dict[Any, Any]) -> fx.GraphModule:
+    """The ATen graph of ``fn`` over the fake tensors of ``args``."""
     values = [a.meta["val"] for a in args]
-    fake_mode = detect_fake_mode(values)
-    if fake_mode is None:
-        raise AssertionError(f"no fake tensors on the inputs of {like.name}")
-    with fake_mode, torch.fx.traceback.preserve_node_meta(enable=False):
+    with _fake_mode(args), torch.fx.traceback.preserve_node_meta(enable=False):
         traced = make_fx(fn, decomposition_table=decompositions)(*values)
     traced.graph.eliminate_dead_code()
+    return traced
+
+
+def insert(
+    graph: fx.Graph,
+    before: fx.Node,
+    traced: fx.GraphModule,
+    args: Sequence[fx.Node],
+    *,
+    like: fx.Node,
+    backward: bool = False,
+    again: bool = False,
+) -> Any:
+    """Insert a traced graph in front of ``before``; ``again`` for one that was inserted before: its values are made anew."""
     env: dict[fx.Node, Any] = {}
     remaining = iter(args)
     result: Any = None
@@ -215,13 +231,26 @@ def splice(
                 for key in INHERITED:
                     if key in like.meta:
                         copy.meta[key] = like.meta[key]
-                copy.meta["val"] = node.meta["val"]
+                copy.meta["val"] = _value_of(copy, args) if again else node.meta["val"]
                 if backward:
                     copy.meta["partitioner_tag"] = "is_backward"
                 elif copy.meta.get("partitioner_tag") == "is_backward":
                     del copy.meta["partitioner_tag"]
                 env[node] = copy
     return result
+
+
+def _value_of(node: fx.Node, args: Sequence[fx.Node]) -> Any:
+    given, named = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with _fake_mode(args):
+        return node.target(*given, **named)  # type: ignore[operator]
+
+
+def _fake_mode(args: Sequence[fx.Node]) -> Any:
+    mode = detect_fake_mode([a.meta["val"] for a in args])
+    if mode is None:
+        raise AssertionError(f"no fake tensors on {', '.join(a.name for a in args)}")
+    return mode
 
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
@@ -274,7 +303,7 @@ def module_path(node: fx.Node) -> str:
         return ""
     name = re.sub(r"\._modules\['([^']+)'\]", r".\1", name)
     name = re.sub(r"getattr\((.*), '([^']+)'\)", r"\1.\2", name)
-    name = re.sub(r"L\['[^']+'\]\.?", "", name)
+    name = re.sub(r"[LG]\['[^']+'\]\.?", "", name)
     name = re.sub(r"\[(\d+)\]", r".\1", name)
     return name.strip(".")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,23 @@ from torch import fx
 from lowmem_compile._torch import select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, retire, view_chain
-from lowmem_compile.graph import is_static, module_path, numel, sizes, splice, storage_root, sympy_numel, tensor_of, tensor_value
+from lowmem_compile.graph import (
+    insert,
+    is_static,
+    module_path,
+    numel,
+    sizes,
+    storage_root,
+    sympy_numel,
+    tensor_of,
+    tensor_value,
+    trace,
+)
 from lowmem_compile.kernels.group_codes import Codec, codec_named
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
+Traces = dict[tuple[str, Any], fx.GraphModule]
 SMALLEST = 4096
 """Elements; below, two more kernels cost more than the bytes are worth."""
 
@@ -110,14 +123,17 @@ class EncodeSaved:
         back = [order.index(i) for i in range(len(order))]
         dtype, rows = value.dtype, [value.shape[d] for d in order]
         width = math.prod(rows[-tail:])
-        decompositions = dict(select_decomp_table())
-        parts = splice(
+        traces: Traces = ctx.facts.setdefault("traces", {})
+        key = (codec, tuple(sizes(value)), tuple(value.stride()), dtype)
+        alike = key if all(isinstance(n, int) for n in (*key[1], *key[2])) else None
+        parts = spliced(
+            traces,
+            ("encode", alike),
             graph,
             behind(node),
             lambda x: codec.encode(merge(x.permute(order), tail)),
             [node],
             like=node,
-            decompositions=decompositions,
         )
         for i, part in enumerate(parts):
             scales = codec.bits != 16 and i == len(parts) - 1
@@ -139,7 +155,7 @@ class EncodeSaved:
             old = placeholder_of[saved]
             if old.users:
                 chain = view_chain(saved) if node is not saved else []
-                new = splice(backward, first_reader(old), decode, made, like=old, decompositions=decompositions, backward=True)
+                new = spliced(traces, ("decode", alike), backward, first_reader(old), decode, made, like=old, backward=True)
                 for view in chain:
                     with backward.inserting_before(first_reader(old)):
                         copied = backward.node_copy(view, lambda _, new=new: new)  # type: ignore[misc]
@@ -159,6 +175,24 @@ class EncodeSaved:
         last = sympy.Integer(width) if isinstance(width, int) else width.node.expr
         row = codec.nbytes(1, width) if isinstance(width, int) else last + 2
         return elements * value.element_size() - elements / last * row
+
+
+def spliced(
+    traces: Traces,
+    key: tuple[str, Any],
+    graph: fx.Graph,
+    before: fx.Node,
+    fn: Callable[..., Any],
+    args: list[fx.Node],
+    *,
+    like: fx.Node,
+    backward: bool = False,
+) -> Any:
+    """Trace and insert; a function of the same key is traced once (``None`` in the key: every time)."""
+    again = key[1] is not None and key in traces
+    traced = traces[key] if again else trace(fn, args, dict(select_decomp_table()))
+    traces[key] = traced
+    return insert(graph, before, traced, args, like=like, backward=backward, again=again)
 
 
 def codec_of(ctx: Context, uses: list[Use]) -> Codec:

@@ -18,7 +18,6 @@ from lowmem_compile import partition
 from lowmem_compile.contract import Context, Match
 from lowmem_compile.kernels.group_codes import CODECS, codec_named
 from lowmem_compile.options import Options
-from lowmem_compile.passes import encode_saved
 from lowmem_compile.passes.encode_saved import SMALLEST, EncodeSaved
 from lowmem_compile.pipeline import Recorder
 from tests.helpers import TOLERANCE, Graphs, assert_same, check_gradients, compile_graphs, run, run_double
