@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,7 @@ def mode_names() -> list[str]:
     return sorted(modes())
 
 
+@functools.cache
 def op_types() -> Any:
     """The partitioner's op lists (recomputable, fusible, view, random, compute intensive)."""
     return _partitioners.get_default_op_list()
