@@ -65,6 +65,8 @@ class Rewrite:
     """Names of the tensors that need not be saved any more if the rewrite pays."""
     alike: tuple[Any, ...] = ()
     """Sites with an equal value are treated alike by the partitioner."""
+    saves: int = 0
+    """Bytes that the site's formula promises."""
 
 
 @dataclass(frozen=True)

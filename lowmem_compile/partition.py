@@ -147,20 +147,35 @@ def _pays(rewrite: Rewrite, trial: Partition) -> bool:
 def _classes_that_do_not_pay(
     rewritten: list[Rewrite], skip: set[str], bytes_without: Callable[[frozenset[str]], int]
 ) -> set[str]:
-    """Leave out each class of alike sites in turn; a class without which no more bytes are saved is dropped."""
-    classes: dict[Any, set[str]] = {}
-    for rewrite in rewritten:
-        if rewrite.site not in skip:
-            classes.setdefault(rewrite.alike, set()).add(rewrite.site)
+    """Leave out in turn all sites of a pass, and a class without which no more bytes are saved is dropped.
+
+    A pass whose sites together save what their formulas promise is kept whole; of another, each class of alike sites is left
+    out in turn.
+    """
+    left = [r for r in rewritten if r.site not in skip]
     dropped: set[str] = set()
-    if not classes:
+    if not left:
         return dropped
     best = bytes_without(frozenset(skip))
-    for names in classes.values():
-        without = bytes_without(frozenset(skip | dropped | names))
+
+    def pays(sites: set[str], promised: int) -> bool | None:
+        """False if no more bytes are saved without them (they are dropped), None if fewer than promised."""
+        nonlocal best
+        without = bytes_without(frozenset(skip | dropped | sites))
         if without <= best:
-            dropped |= names
+            dropped.update(sites)
             best = without
+            return False
+        return True if without - best >= promised else None
+
+    for name in dict.fromkeys(r.pass_name for r in left):
+        mine = [r for r in left if r.pass_name == name]
+        classes: dict[Any, set[str]] = {}
+        for rewrite in mine:
+            classes.setdefault(rewrite.alike, set()).add(rewrite.site)
+        if pays({r.site for r in mine}, sum(r.saves for r in mine)) is None and len(classes) > 1:
+            for sites in classes.values():
+                pays(sites, 0)
     return dropped
 
 

@@ -140,7 +140,7 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
             if backup is None:
                 backup = copy_graph(graph)
             sites.append(site_of(p, match, ctx, None))
-            done.append(rewrite_of(p, match))
+            done.append(rewrite_of(p, match, ctx))
             p.rewrite(graph, match, ctx)
         if done:
             check_graph(gm, ctx.options.check)
@@ -169,8 +169,9 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
         done = []
         if recorder is not None:
             recorder.failures.append(p.name)
-    if recorder is not None:
+    if done:
         gm.recompile()
+    if recorder is not None:
         recorder.sites += sites
         after = op_counts(gm.graph)
         recorder.runs.append(
@@ -219,12 +220,13 @@ def site_bytes(p: Pass, match: Match, ctx: Context) -> tuple[int, int]:
     return before, before - int(saved)
 
 
-def rewrite_of(p: Pass, match: Match) -> Rewrite:
+def rewrite_of(p: Pass, match: Match, ctx: Context) -> Rewrite:
     """What the partition has to know of a match, taken down before the rewrite changes the graph."""
     if not isinstance(p, JointPass):
         return Rewrite(p.name, match.node.name)
     displaced = frozenset(n.name for n in p.displaced(match))
-    return Rewrite(p.name, match.node.name, displaced, p.site_class(match))
+    before, after = site_bytes(p, match, ctx)
+    return Rewrite(p.name, match.node.name, displaced, p.site_class(match), before - after)
 
 
 def check_graph(gm: fx.GraphModule, level: str) -> None:
