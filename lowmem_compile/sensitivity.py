@@ -7,7 +7,8 @@ products with other tensors). Where they end in
 - a comparison with a constant 0: only the sign matters, and whether it is zero;
 - any other comparison or rounding: a small error flips the result;
 
-the error is amplified. Products of the tensor with itself, sigmoid, tanh, erf and matrix products bound or average it.
+the error is amplified. A query or a key of a fused attention is read through the exponential of their product: an error of
+relative size e becomes one of e·|score|, so they take a codec with a smaller error. Products of the tensor with itself, sigmoid, tanh, erf and matrix products bound or average it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ prims = torch.ops.prims
 class Use:
     """How a tensor is read; ``through`` names the operation that decided."""
 
-    kind: Literal["plain", "compared with zero", "amplified"]
+    kind: Literal["plain", "compared with zero", "score", "amplified"]
     through: str = ""
 
 
@@ -106,6 +107,8 @@ def use_of(placeholder: fx.Node) -> Use:
             use = _read(user, node)
             if use.kind == "amplified":
                 return use
+            if use.kind == "score":
+                worst = use
             if use.kind == "compared with zero":
                 if node is not placeholder and not _keeps_sign(node, placeholder):
                     return Use("amplified", use.through)
@@ -141,6 +144,10 @@ def _read(user: fx.Node, node: fx.Node) -> Use:
     name = str(user.target)
     if user.op != "call_function":
         return Use("plain")
+    if isinstance(user.target, torch._ops.OpOverload) and "attention" in name and "backward" in name:
+        names = [a.name for a in user.target._schema.arguments]
+        read = {n for n, value in zip(names, user.args, strict=False) if value is node}
+        return Use("score" if read & {"query", "key"} else "plain", name)
     if user.target in COMPARED:
         zero = len(user.args) > 1 and user.args[1] == 0
         return Use("compared with zero" if zero else "amplified", name)

@@ -110,7 +110,7 @@ class EncodeSaved:
         if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
             return Decline("LM306", f"as {codec.name} it would take no fewer bytes")
         if not isinstance(width, int) and codec.bits not in (8, 16):
-            return Decline("LM203", "codes of less than a byte need a last dimension of static size")
+            return Decline("LM203", "codes of other than 8 bits need a last dimension of static size")
         return None
 
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
@@ -197,9 +197,13 @@ def spliced(
 
 def codec_of(ctx: Context, uses: list[Use]) -> Codec:
     """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
-    name = "int8" if ctx.options.codec == "auto" else ctx.options.codec
+    chosen: str = ctx.options.codec
+    if chosen == "auto":
+        chosen = "int10" if any(u.kind == "score" for u in uses) else "int8"
     keep_zero = any(u.kind == "compared with zero" for u in uses)
-    return codec_named(name, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero)
+    return codec_named(
+        chosen, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero
+    )
 
 
 def memory_order(value: torch.Tensor) -> list[int]:

@@ -298,6 +298,22 @@ def test_attention() -> None:
         assert held(graphs, model, [x]) == graphs.chosen.saved_bytes()
 
 
+def test_queries_and_keys_take_ten_bits_by_default() -> None:
+    """The error of a score is that of its query and key times the score, and an exponential follows."""
+    model, x = Attention(True), tokens()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)  # large scores
+    errors = {}
+    for codec in ("auto", "int8"):
+        graphs = compile_graphs(model, codec=codec)
+        got, want = run(graphs, model, [x]), run_double(model, [x])
+        errors[codec] = max(distances(got, want).values())
+        bits = {"auto": "int10", "int8": "int8"}[codec]
+        assert sum(t.decision == f"{bits} codes" for t in graphs.chosen.saved_tensors()) >= 2
+    assert errors["auto"] <= 0.6 * errors["int8"]
+
+
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_fused_attention(name: str) -> None:
     """Query, key and value are views of one storage; all of it is encoded, and the logsumexp stays exact."""
