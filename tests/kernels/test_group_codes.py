@@ -83,7 +83,8 @@ def check(codec: Codec, x: Tensor) -> None:
     s, q = scales(codec, parts, width), read_codes(codec, parts, width)
     exact = largest_of_group(codec, x) / codec.largest
     assert parts[-1].dtype == torch.bfloat16
-    assert ((s - exact).abs() <= exact * NEAREST_BF16 * (1 + 1e-6)).all()
+    off = NEAREST_BF16 if codec.bits <= 8 else NEAREST_BF16 * (2 + NEAREST_BF16)  # rounded up beyond 8 bits
+    assert ((s - exact).abs() <= exact * off * (1 + 1e-6)).all()
     ratio = x.double() / s.where(s > 0, 1)
     assert (q.abs() <= codec.largest).all()
     assert ((q - ratio).abs() <= 0.5 + 1e-4).all()
@@ -133,7 +134,12 @@ def test_codes_reach_the_largest_and_no_further(name: str) -> None:
     """Scales that bfloat16 rounds down push the largest element up; it still gets the largest code."""
     codec = CODECS[name]
     x = torch.linspace(1, 2, 4001)[:, None] * torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0)
-    assert torch.equal(read_codes(codec, codec.encode(x), 16), x.sign().double() * codec.largest)
+    codes = read_codes(codec, codec.encode(x), 16)
+    if codec.bits <= 8:
+        assert torch.equal(codes, x.sign().double() * codec.largest)
+    assert torch.equal(codes.sign(), x.sign().double())
+    assert codes.abs().max() == codec.largest
+    assert codes.abs().min() >= codec.largest * (1 - 2 * NEAREST_BF16) - 0.5
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -268,7 +274,7 @@ def test_fewer_bits_take_fewer_bytes_and_make_larger_errors() -> None:
     assert [c.bits for c in found] == sorted((c.bits for c in found), reverse=True)
     sizes, errors = [c.nbytes(10, 256) for c in found], [c.error for c in found]
     assert sizes == sorted(sizes, reverse=True)
-    assert errors == sorted(errors)
+    assert errors[1:] == sorted(errors[1:])  # the cast is not a step of this ladder
     assert len(set(sizes)) == len(set(errors)) == len(found)
 
 
@@ -277,7 +283,9 @@ def test_encoding_twice_changes_nothing_more(name: str) -> None:
     """Decoded values lie on the grid; only the rounding of the scale can move it."""
     codec, x = CODECS[name], torch.randn(50, 128)
     once = round_trip(codec, x)
-    assert torch.equal(round_trip(codec, once), once)
+    if codec.bits <= 8:
+        assert torch.equal(round_trip(codec, once), once)
+    assert (round_trip(codec, once) - once).norm() <= 2 * codec.error * x.norm()
 
 
 @pytest.mark.parametrize(("name", "width", "runs", "length", "group"), [
@@ -290,11 +298,13 @@ def test_runs(name: str, width: int, runs: int, length: int, group: int) -> None
 
 @pytest.mark.parametrize("name", ["int2", "fp8", "", "auto"])
 def test_an_unknown_codec_lists_those_there_are(name: str) -> None:
-    with pytest.raises(ValueError, match="bf16, int8, int7, int6, int5, int4, int3"):
+    with pytest.raises(ValueError, match="bf16, int10, int8, int7, int6, int5, int4, int3"):
         codec_named(name)
 
 
-@pytest.mark.parametrize(("bits", "widths"), [(8, (8,)), (7, (4, 2, 1)), (6, (4, 2)), (5, (4, 1)), (4, (4,)), (3, (2, 1))])
+@pytest.mark.parametrize(
+    ("bits", "widths"), [(10, (8, 2)), (8, (8,)), (7, (4, 2, 1)), (6, (4, 2)), (5, (4, 1)), (4, (4,)), (3, (2, 1))]
+)
 def test_planes(bits: int, widths: tuple[int, ...]) -> None:
     assert planes(bits) == widths
 
