@@ -196,7 +196,7 @@ MODELS: Mapping[str, ModelSpec] = {
         linears=_VISION_LINEARS,
         rows=4,
         length=224,
-        layers=4,
+        layers=8,
         head="classifier",
         tokens_per_row=257,
     ),
