@@ -44,8 +44,8 @@ class Options:
         fold_norm_affine: fold a norm's affine into the linears that read it: ``"auto"`` only where it lowers the
             saved bytes, ``"always"`` wherever it is legal, ``"never"``.
         chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
-        codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``, and ``"int10"`` for queries
-            and keys), ``"none"``, ``"bf16"``, or ``"int10"`` to ``"int3"``, group-wise codes of so many bits.
+        codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; queries and keys of a
+            fused attention exact), ``"none"``, ``"bf16"``, or ``"int10"`` to ``"int3"``, group-wise codes of so many bits.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).
         keep_exact: module paths, or whole parts of them (``"layer.0"``); what such modules save is not encoded.

@@ -105,6 +105,9 @@ class EncodeSaved:
         worst = next((u for u in uses if u.kind == "amplified"), None)
         if worst is not None:
             return Decline("LM212", f"the backward pass reads it through {worst.through}")
+        score = next((u for u in uses if u.kind == "score"), None)
+        if score is not None and ctx.options.codec == "auto":
+            return Decline("LM212", f"a query or key: {score.through} reads it through the exponential of the scores")
         codec = codec_of(ctx, uses)
         rows, width = rows_and_width(value, codec.group)
         if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
@@ -197,9 +200,7 @@ def spliced(
 
 def codec_of(ctx: Context, uses: list[Use]) -> Codec:
     """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
-    chosen: str = ctx.options.codec
-    if chosen == "auto":
-        chosen = "int10" if any(u.kind == "score" for u in uses) else "int8"
+    chosen = "int8" if ctx.options.codec == "auto" else ctx.options.codec
     keep_zero = any(u.kind == "compared with zero" for u in uses)
     return codec_named(
         chosen, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero
