@@ -33,6 +33,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import trace_structured
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
@@ -44,6 +45,7 @@ __all__ = [
     "GraphTransformObserver",
     "MinCutOptions",
     "NodeInfo",
+    "OpOverload",
     "StableDecompositions",
     "cache_dir",
     "compile_fx",

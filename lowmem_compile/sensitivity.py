@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lowmem_compile._torch import op_types
+from lowmem_compile._torch import OpOverload, op_types
 from lowmem_compile.graph import VIEW_OPS, numel
 
 aten = torch.ops.aten
@@ -145,7 +145,7 @@ def _read(user: fx.Node, node: fx.Node) -> Use:
     name = str(user.target)
     if user.op != "call_function":
         return Use("plain")
-    if isinstance(user.target, torch._ops.OpOverload) and "attention" in name and "backward" in name:
+    if isinstance(user.target, OpOverload) and "attention" in name and "backward" in name:
         names = [a.name for a in user.target._schema.arguments]
         read = {n for n, value in zip(names, user.args, strict=False) if value is node}
         return Use("score" if read & {"query", "key"} else "plain", name)

@@ -25,7 +25,7 @@ import sympy
 import torch
 from torch import fx
 
-from lowmem_compile._torch import select_decomp_table
+from lowmem_compile._torch import OpOverload, select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, retire, view_chain
 from lowmem_compile.graph import (
@@ -51,10 +51,11 @@ SMALLEST = 4096
 
 @dataclass(frozen=True)
 class Crossing:
-    """The saved nodes that share one storage, and the node that is encoded for all of them."""
+    """The saved nodes that share one storage, the node that is encoded for all of them, and how backward reads them."""
 
     saved: tuple[fx.Node, ...]
     encoded: fx.Node
+    uses: tuple[Use, ...]
 
 
 class EncodeSaved:
@@ -67,13 +68,15 @@ class EncodeSaved:
     def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:
         if ctx.options.codec == "none":
             return []
+        placeholder_of: dict[fx.Node, fx.Node] = ctx.facts["placeholder_of"]
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in ctx.facts["saved"]:
             value = tensor_of(node)
-            if node.graph is graph and value is not None and value.dtype.is_floating_point and not _is_part(node):
+            crosses = node.graph is graph and node in placeholder_of
+            if crosses and value is not None and value.dtype.is_floating_point and not _is_part(node):
                 groups.setdefault(storage_root(node), []).append(node)
         return [
-            Match(root, Crossing(tuple(dict.fromkeys(nodes)), _encoded(root, nodes)))
+            Match(root, Crossing(tuple(dict.fromkeys(nodes)), _encoded(root, nodes), _uses(nodes, placeholder_of)))
             for root, nodes in groups.items()
             if root.op != "placeholder"
         ]
@@ -99,16 +102,15 @@ class EncodeSaved:
         if crossing.encoded is root and not all(repeatable(view_chain(n)) for n in crossing.saved):
             return Decline("LM203", "the backward pass reads views whose sizes are computed in the graph")
         placeholder_of = ctx.facts["placeholder_of"]
-        uses = [use_of(placeholder_of[n]) for n in crossing.saved]
         if all(becomes_gradient(placeholder_of[n]) for n in crossing.saved):
             return Decline("LM215", "the backward pass hands it on as a gradient")
-        worst = next((u for u in uses if u.kind == "amplified"), None)
+        worst = next((u for u in crossing.uses if u.kind == "amplified"), None)
         if worst is not None:
             return Decline("LM212", f"the backward pass reads it through {worst.through}")
-        score = next((u for u in uses if u.kind == "score"), None)
+        score = next((u for u in crossing.uses if u.kind == "score"), None)
         if score is not None and ctx.options.codec == "auto":
             return Decline("LM212", f"a query or key: {score.through} reads it through the exponential of the scores")
-        codec = codec_of(ctx, uses)
+        codec = codec_of(ctx, crossing)
         rows, width = rows_and_width(value, codec.group)
         if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
             return Decline("LM306", f"as {codec.name} it would take no fewer bytes")
@@ -121,7 +123,7 @@ class EncodeSaved:
         node = crossing.encoded
         value = tensor_value(node)
         placeholder_of = ctx.facts["placeholder_of"]
-        codec = codec_of(ctx, [use_of(placeholder_of[n]) for n in crossing.saved])
+        codec = codec_of(ctx, crossing)
         order, tail = memory_order(value), row_dims(value, codec.group)
         back = [order.index(i) for i in range(len(order))]
         dtype, rows = value.dtype, [value.shape[d] for d in order]
@@ -169,8 +171,7 @@ class EncodeSaved:
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:
         value = tensor_value(match.info.encoded)
-        placeholder_of = ctx.facts["placeholder_of"]
-        codec = codec_of(ctx, [use_of(placeholder_of[n]) for n in match.info.saved])
+        codec = codec_of(ctx, match.info)
         elements = sympy_numel(value)
         _, width = rows_and_width(value, codec.group)
         if codec.bits == 16:
@@ -198,10 +199,10 @@ def spliced(
     return insert(graph, before, traced, args, like=like, backward=backward, again=again)
 
 
-def codec_of(ctx: Context, uses: list[Use]) -> Codec:
+def codec_of(ctx: Context, crossing: Crossing) -> Codec:
     """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
     chosen = "int8" if ctx.options.codec == "auto" else ctx.options.codec
-    keep_zero = any(u.kind == "compared with zero" for u in uses)
+    keep_zero = any(u.kind == "compared with zero" for u in crossing.uses)
     return codec_named(
         chosen, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero
     )
@@ -223,7 +224,7 @@ def is_auxiliary(node: fx.Node) -> bool:
     if node.target is not operator.getitem or node.args[1] == 0:
         return False
     source = node.all_input_nodes[0].target
-    return isinstance(source, torch._ops.OpOverload) and source.namespace == "aten"
+    return isinstance(source, OpOverload) and source.namespace == "aten"
 
 
 def _encoded(root: fx.Node, nodes: list[fx.Node]) -> fx.Node:
@@ -232,6 +233,10 @@ def _encoded(root: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     if len(set(nodes)) == 1 and numel(only) == numel(root):
         return only
     return root
+
+
+def _uses(nodes: list[fx.Node], placeholder_of: dict[fx.Node, fx.Node]) -> tuple[Use, ...]:
+    return tuple(use_of(placeholder_of[n]) for n in dict.fromkeys(nodes))
 
 
 def _is_part(node: fx.Node) -> bool:
