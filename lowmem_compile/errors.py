@@ -17,3 +17,7 @@ class PassError(LowMemError, RuntimeError):
 
 class ReportError(LowMemError, ValueError):
     """A report was asked of something that lowmem did not compile."""
+
+
+class GradientError(LowMemError, RuntimeError):
+    """A gradient that an optimizer cannot use: sparse, not finite where a basis is computed from it, or of a wrong shape."""
