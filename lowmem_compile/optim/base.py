@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from lowmem_compile.errors import GradientError, OptionError
 from lowmem_compile.optim.bases import mix
 from lowmem_compile.optim.moments import Update, apply_update, moment_slots, take_step
+from lowmem_compile.optim.pieces import plain_step
 from lowmem_compile.optim.projector import Factors, Plan, down, up
 from lowmem_compile.optim.resume import check_structure, take_over
 from lowmem_compile.optim.settings import (
@@ -299,8 +300,7 @@ class LowRankOptimizer(Optimizer):
         assert p.grad is not None
         state, slots = self._state_of(p, group, None)
         state["step"] += 1
-        update = take_step(state, slots, p.grad.to(compute_dtype(p.dtype)), p, group)
-        apply_update(p, update.direction, update)
+        plain_step(p, p.grad, state, slots, group)
 
     # What a method defines.
 
