@@ -16,7 +16,7 @@ Why an own format: torchao keeps state in tensor subclasses (a state dict would 
 compiler and takes only sizes divisible by its block; bitsandbytes is a binary dependency whose Python interface has changed
 under its users. What is needed here is these few lines of plain PyTorch, on every device.
 
-Bytes: n + 4·ceil(n/B). NaN or infinity in a block makes the whole block decode to NaN; other blocks are not touched.
+Bytes: n + 4·ceil(n/B). After NaN or infinity in a block, all of it decodes to NaN or infinity; other blocks are not touched.
 """
 
 from __future__ import annotations

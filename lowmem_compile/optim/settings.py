@@ -98,7 +98,7 @@ def check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
     for name in names:
         if name not in valid:
             near = ALIASES.get(name) or next(iter(difflib.get_close_matches(name, valid, 1)), None)
-            hint = f"; did you mean {near!r}?" if near in valid else ""
+            hint = f"; did you mean {near!r}?" if near in valid else "."
             raise OptionError(f"{where} has no option {name!r}{hint} The options are {', '.join(valid)}.")
 
 

@@ -1,9 +1,11 @@
 """The published updates, restated step by step from papers and packages, for comparison with lowmem_compile.optim.
 
-Nothing here uses lowmem_compile. Gradients come as a list; each function returns the weights after the last. The restatements
-of GaLore, Fira (at α = 1) and COAP (AdamW and Adafactor, with and without restore_state, Tucker-2 convolutions) have been compared
-with galore-torch 1.0, fira 1.0.2 and COAP's released code (deabc3a) on three shapes over 25 steps, as has lowmem_compile.optim: weights
-agree to 8e-7 in float32. For convolutions, COAP's code was run with the gradients of its factors cleared at each step, which it forgets.
+Nothing here uses lowmem_compile. Gradients come as a list; each function returns the weights after the last.
+
+lowmem_compile.optim has been run once against galore-torch 1.0, fira 1.0.2 (at α = 1) and COAP's released code (deabc3a, with
+tensorly 0.10: AdamW and Adafactor, with and without restore_state, and Tucker-2 convolutions with AdamW), on three shapes
+each over 25 steps: weights agree to 8e-7 in float32. For convolutions the gradients of COAP's factors were cleared at each
+step, which its code forgets.
 """
 
 from __future__ import annotations
@@ -112,14 +114,16 @@ def fira(W: Tensor, grads: Sequence[Tensor], *, rank: int, gap: int, lr: float, 
 
 def rsvd(G: Tensor, omega: Tensor) -> Tensor:
     Q = torch.linalg.qr(G @ omega, "reduced")[0]
-    return torch.linalg.svd(Q.T @ G, full_matrices=False)[2].T
+    Vh: Tensor = torch.linalg.svd(Q.T @ G, full_matrices=False)[2]
+    return Vh.T
 
 
 def objective(P: Tensor, m: Tensor, G: Tensor, right: bool) -> Tensor:
     """Eq. 5, with everything at full size."""
     up = m @ P.T if right else P @ m
     low = G @ P @ P.T if right else P @ P.T @ G
-    return mse_loss(low, G) * (1 - cosine_similarity(up, G, dim=1).mean())
+    loss: Tensor = mse_loss(low, G) * (1 - cosine_similarity(up, G, dim=1).mean())
+    return loss
 
 
 def tucker_objective(factors: Sequence[Tensor], m: Tensor, G: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ def coap(
 
 
 def leading(matrix: Tensor, rank: int) -> Tensor:
-    U = torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank].clone()
+    U: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank].clone()
     for column in range(rank):
         if U[U[:, column].abs().argmax(), column] < 0:
             U[:, column] *= -1

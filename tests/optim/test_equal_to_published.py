@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,13 +68,10 @@ def test_coap(shape: tuple[int, int], side: str, restore: bool, base: str) -> No
     dtype = precision(restore, base)
     grads, W = [G.to(dtype) for G in gradients(shape, STEPS)], weight(shape, dtype)
     start = W.detach().clone()
-    theirs = restatement.coap(
-        start, grads, rank=RANK, every=3, factor=3, lr=LR, scale=0.5, wd=DECAY, side=side, restore=restore, adafactor=base == "adafactor",
-    )  # fmt: skip
-    optimizer = COAP(
-        [W], LR, rank=RANK, update_interval=3, reproject_factor=3, scale=0.5, weight_decay=DECAY, side=side, restore_state=restore,
-        base=base,
-    )  # fmt: skip
+    same: dict[str, Any] = {"rank": RANK, "lr": LR, "scale": 0.5, "side": side}
+    theirs = restatement.coap(start, grads, every=3, factor=3, wd=DECAY, restore=restore, adafactor=base == "adafactor", **same)
+    same |= {"restore_state": restore, "base": base}
+    optimizer = COAP([W], update_interval=3, reproject_factor=3, weight_decay=DECAY, **same)
     check(run(optimizer, W, grads), theirs, start)
 
 
