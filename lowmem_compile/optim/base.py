@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 from lowmem_compile.errors import GradientError, OptionError
 from lowmem_compile.optim.bases import mix
 from lowmem_compile.optim.moments import Update, apply_update, moment_slots, take_step
-from lowmem_compile.optim.pieces import plain_step
-from lowmem_compile.optim.projector import Factors, Plan, down, up
+from lowmem_compile.optim.pieces import apply_projected, plain_step, project
+from lowmem_compile.optim.projector import Factors, Plan
 from lowmem_compile.optim.resume import check_structure, take_over
 from lowmem_compile.optim.settings import (
     COMMON,
@@ -240,8 +240,8 @@ class LowRankOptimizer(Optimizer):
         for p in live:
             state, slots = self._state_of(p, group, unit.plan)
             wide = compute_dtype(p.dtype)
-            full = None if p.grad is None else p.grad.to(wide)
-            low = None if full is None else down(full, factors, unit.plan.side)
+            full = p.grad.to(wide) if p.grad is not None and self.needs_full_gradient else None
+            low = None if p.grad is None else project(p.grad, factors, unit.plan.side)
             if p in self._pending:
                 given = self._pending[p].to(wide)
                 low = given if low is None else low + given
@@ -330,7 +330,8 @@ class LowRankOptimizer(Optimizer):
     def projected_step(self, work: Work) -> None:
         """Advance the moments by a projected gradient and change the parameter: W ← W - η·scale·up(N)."""
         update = take_step(work.state, work.slots, work.low, work.param, work.group)
-        self.apply(work, up(update.direction, work.factors, work.plan.side), update)
+        scaled = update._replace(size=update.size * work.group["scale"])
+        apply_projected(work.param, update.direction, work.factors, work.plan.side, scaled)
 
     def apply(self, work: Work, direction: Tensor, update: Update) -> None:
         """Apply a full-size direction, times the group's scale."""

@@ -1,7 +1,8 @@
-"""The base update of a large unprojected parameter, a piece at a time.
+"""Large parameters a piece at a time, so that float32 copies take a few times one piece and not a few times an embedding.
 
-Adam's update is elementwise, so it can run over pieces of the flat parameter; float32 copies of gradient, moments and update then
-take a few times one piece instead of a few times an embedding. Pieces end at the ends of 8-bit blocks, so results are the same.
+Adam's update of an unprojected parameter is elementwise, so it runs over pieces of the flat parameter; pieces end at the ends of
+8-bit blocks, so results are the same. For a projected matrix, down and up go over blocks of rows: neither the whole gradient in
+float32 nor the whole update is made (methods that need the whole gradient, refreshes and Flora's base update aside).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lowmem_compile.optim.moments import apply_update, take_step
+from lowmem_compile.optim.moments import Update, apply_update, take_step
+from lowmem_compile.optim.projector import Factors, Side, down, up
 from lowmem_compile.optim.slots import Slot, State, compute_dtype
 
 LARGEST = 2**22
@@ -39,6 +42,38 @@ def plain_step(p: Tensor, grad: Tensor, state: State, slots: tuple[Slot, ...], g
         piece = flat[start:stop]
         update = take_step(part, parts, flat_grad[start:stop].to(compute_dtype(p.dtype)), piece, group)
         apply_update(piece, update.direction, update)
+
+
+def project(grad: Tensor, factors: Factors, side: Side) -> Tensor:
+    """The projected gradient, in the factors' dtype, of a gradient in any dtype."""
+    wide = factors[0].dtype
+    if grad.dtype == wide or side not in ("right", "left") or grad.numel() <= LARGEST:
+        return down(grad.to(wide), factors, side)
+    blocks = _row_blocks(grad)
+    if side == "right":
+        return torch.cat([grad[rows].to(wide) @ factors[0] for rows in blocks])
+    low = grad.new_zeros(factors[0].shape[1], grad.shape[1], dtype=wide)
+    for rows in blocks:
+        low += factors[0][rows].T @ grad[rows].to(wide)
+    return low
+
+
+def apply_projected(W: Tensor, N: Tensor, factors: Factors, side: Side, update: Update) -> None:
+    """Change W in place by up(N), as ``update`` says."""
+    if side not in ("right", "left") or W.numel() <= LARGEST:
+        apply_update(W, up(N, factors, side), update)
+        return
+    for rows in _row_blocks(W):
+        if side == "right":
+            apply_update(W[rows], N[rows] @ factors[0].T, update)
+        else:
+            apply_update(W[rows], factors[0][rows] @ N, update)
+
+
+def _row_blocks(matrix: Tensor) -> list[slice]:
+    """Slices of rows that hold LARGEST elements at most, one row at least."""
+    count = max(LARGEST // matrix.shape[1], 1)
+    return [slice(start, start + count) for start in range(0, matrix.shape[0], count)]
 
 
 def _pieces(numel: int, block: int) -> Iterator[tuple[int, int]]:

@@ -76,7 +76,7 @@ class Work:
         state: its state; ``state["step"]`` counts this step already.
         slots: its slots.
         low: the projected gradient.
-        full: the whole gradient, ``None`` if only the projected one was given.
+        full: the whole gradient, for methods that need it at every step.
         factors: the projector.
         plan: side and ranks.
         group: the parameter group.

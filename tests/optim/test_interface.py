@@ -274,6 +274,24 @@ def test_large_unprojected_parameters_are_updated_in_pieces(bits: int | None, mo
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(70, 33), (33, 70)])
+@pytest.mark.parametrize("name", ["COAP", "GaLore Adafactor", "Flora"])
+def test_large_projected_parameters_go_by_blocks_of_rows(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same result, up to the order in which float32 sums are taken."""
+    grads = [G.to(dtype) for G in gradients(shape, 4)]
+    results = []
+    for largest in (LARGEST, 300, 1):
+        monkeypatch.setattr("lowmem_compile.optim.pieces.LARGEST", largest)
+        W = weight(shape, dtype)
+        results.append(run(build(name, [W], weight_decay=0.1, update_interval=10), W, grads).float())
+    unit = 1e-6 if dtype == torch.float32 else 2**-7
+    for other in results[1:]:
+        assert (other - results[0]).abs().max() <= unit
+
+
 def test_gradient_scaling() -> None:
     """torch.amp.GradScaler unscales, and leaves a step with an infinite gradient out."""
     W, twin, grads = weight((24, 16)), weight((24, 16)), gradients((24, 16), 3)
