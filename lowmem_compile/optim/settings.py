@@ -59,7 +59,8 @@ class Common(TypedDict, total=False):
         weight_decay: decoupled decay a step, in units of the learning rate.
         side: ``"std"`` projects the shorter side (published), ``"input"`` always the input side.
         base: the base update, ``"adamw"`` or ``"adafactor"``.
-        bits: how moments are stored: in the parameter's dtype (``None``), in float32 (32) or in block-wise 8 bits (8).
+        bits: how moments are stored: in the parameter's dtype (``None``; float32 for float16), in float32 (32) or in block-wise
+            8 bits (8).
         projector_bits: 8 stores the projector in block-wise 8 bits, ``None`` in the parameter's dtype.
         block_size: values that share a scale in 8 bits.
         quantise_from: tensors of fewer elements stay in the parameter's dtype.

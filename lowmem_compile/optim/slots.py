@@ -80,10 +80,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def moment_slot(key: str, shape: tuple[int, ...], dtype: torch.dtype, group: State, *, root: bool = False) -> Slot:
-    """A slot for a moment, stored as the group's ``bits`` say: 8, 32, or the parameter's dtype (``None``)."""
+    """A slot for a moment, stored as the group's ``bits`` say: 8, 32, or the parameter's dtype (``None``).
+
+    Moments of float16 parameters are float32 where they would be float16: squares of gradients underflow there.
+    """
     if group["bits"] == 8 and math.prod(shape) >= group["quantise_from"]:
         return Slot(key, shape, dtype, block=group["block_size"], root=root)
-    return Slot(key, shape, compute_dtype(dtype) if group["bits"] == 32 else dtype, root=root)
+    wide = group["bits"] == 32 or dtype == torch.float16
+    return Slot(key, shape, compute_dtype(dtype) if wide else dtype, root=root)
 
 
 def total_bytes(slots: Iterable[Slot]) -> int:

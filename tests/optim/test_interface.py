@@ -139,6 +139,15 @@ def test_bfloat16_parameters(name: str) -> None:
         assert ((n.detach().float() - s) - moved).norm() / moved.norm() < 0.35
 
 
+def test_float16_parameters_have_float32_moments() -> None:
+    """The square of a small gradient is zero in float16."""
+    W = weight((24, 16), torch.float16)
+    optimizer = GaLore([W], rank=4)
+    run(optimizer, W, [1e-4 * G for G in gradients((24, 16), 3)])
+    assert optimizer.state[W]["exp_avg_sq"].dtype == torch.float32
+    assert (optimizer.state[W]["exp_avg_sq"] > 0).all()
+
+
 def test_schedulers_and_groups() -> None:
     """The learning rate of each group counts at each step: scheduled steps are those of an optimizer made for that rate."""
     W, twin, grads = weight((24, 16)), weight((24, 16)), gradients((24, 16), 6)
