@@ -41,7 +41,7 @@ def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.No
 def retire(ctx: Context, node: fx.Node) -> None:
     """Drop the placeholder of ``node`` from the backward graph; nothing reads it any more."""
     backward: fx.Graph = ctx.facts["backward"]
-    backward.erase_node(ctx.facts["placeholder_of"][node])
+    backward.erase_node(ctx.facts["placeholder_of"].pop(node))
 
 
 def behind(node: fx.Node) -> fx.Node:

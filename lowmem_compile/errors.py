@@ -11,6 +11,10 @@ class OptionError(LowMemError, ValueError):
     """An unknown, ill-typed or contradictory option."""
 
 
+class BudgetError(LowMemError, ValueError):
+    """No plan meets ``options["memory_budget"]``; the message says what the minimum is."""
+
+
 class PassError(LowMemError, RuntimeError):
     """A pass failed while ``strict=True``; the message names the pass."""
 

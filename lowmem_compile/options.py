@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lowmem_compile.errors import OptionError
+from lowmem_compile.planner.budget import budget_of
 
 Gradients = Literal["approximate", "exact"]
 Table = Literal["slope", "derivative", "primitive"]
@@ -48,6 +49,10 @@ class Options:
             fused attention exact), ``"none"``, ``"bf16"``, or ``"int10"`` to ``"int3"``, group-wise codes of so many bits.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).
+        memory_budget: what may be kept for the backward pass: a share of the bytes Inductor would save (``0.3``), or a peak
+            such as ``"6GiB"`` of forward and backward beyond parameters, buffers, inputs and optimizer state. Codec,
+            recomputation or exact is then chosen for each tensor (:mod:`lowmem_compile.planner.plan`). ``None`` (default):
+            ``codec`` for all.
         keep_exact: module paths, or whole parts of them (``"layer.0"``); what such modules save is not encoded.
         disable: names of passes not to run.
         strict: raise when a pass fails, instead of compiling without it.
@@ -67,6 +72,7 @@ class Options:
     codec: CodecName = "auto"
     codec_group: int = 64
     rounding: Rounding = "nearest"
+    memory_budget: float | str | None = None
     keep_exact: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     strict: bool = False
@@ -83,6 +89,11 @@ class Options:
                 value = tuple(value)
                 object.__setattr__(self, f.name, value)
             _check_type(f.name, value, hints[f.name])
+        if self.memory_budget is not None and self.codec not in ("auto", "none"):
+            raise OptionError(
+                f"options['memory_budget'] chooses a codec for each tensor; options['codec'] = {self.codec!r} names one for all. "
+                "Leave one of them out ('none' is allowed: recomputation alone)."
+            )
         if self.disable:
             from lowmem_compile.pipeline import pass_names
 
@@ -127,6 +138,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if name in ("disable", "keep_exact"):
         ok = isinstance(value, tuple) and all(isinstance(v, str) and v for v in value)
         wanted = "a list of pass names" if name == "disable" else "a list of module names, or parts of them"
+    elif name == "memory_budget":
+        if value is not None:
+            if not isinstance(value, (int, float, str)):
+                raise OptionError(f"options[{name!r}] must be a share such as 0.3 or a size such as '6GiB', not {value!r}")
+            budget_of(value)
+        return
     elif name == "codec_group":
         ok = isinstance(value, int) and not isinstance(value, bool) and value >= 8
         wanted = "a number of elements, 8 or more"

@@ -30,7 +30,11 @@ from lowmem_compile.graph import copy_module, decompose, is_tangent, placeholder
 from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
 from lowmem_compile.passes.approximate_activation import ACTIVATIONS
 from lowmem_compile.pipeline import Recorder, run_stage
-from lowmem_compile.planner.timeline import peak, simulate
+from lowmem_compile.planner.budget import budget_of
+from lowmem_compile.planner.choices import with_codecs
+from lowmem_compile.planner.plan import SMALLEST_GRAPH, Plan, Planner
+from lowmem_compile.planner.program import Program, program_of
+from lowmem_compile.planner.timeline import peak, simulate, timeline
 from lowmem_compile.recompute import choose_saved
 from lowmem_compile.saved import Partition
 
@@ -110,6 +114,7 @@ def partition_joint(
     chosen = choose(partitions, ctx)
     recorder.adopt(record if chosen == "lowmem" else declined(record))
     winner = partitions[chosen]
+    ctx = replace(ctx, facts={**ctx.facts, "plan": plan_for(winner, partitions["inductor"], ctx)})
     compiled = after_saved_stage(winner, ctx, recorder)
     recorder.dump("forward", compiled.forward)
     recorder.dump("backward", compiled.backward)
@@ -117,11 +122,29 @@ def partition_joint(
     return Candidates(partitions, chosen, compiled, recorder)
 
 
+def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | None:
+    """The plan for ``options["memory_budget"]``, or ``None`` without one.
+
+    Raises:
+        BudgetError: no plan meets it.
+    """
+    if ctx.options.memory_budget is None:
+        return None
+    count = ctx.facts.get("baseline")
+    stock = (count() or {}).get("inductor", inductor) if count is not None else inductor
+    if stock.saved_bytes() < SMALLEST_GRAPH:
+        return None
+    planner = Planner(partition, saved_context(partition, ctx))
+    plan = planner.meet(budget_of(ctx.options.memory_budget), stock.saved_bytes(), peak(simulate(stock)))
+    log.info("plan: %s", plan)
+    return plan
+
+
 def choose(partitions: Mapping[str, Partition], ctx: Context) -> str:
-    """The candidate with the fewest saved bytes among those whose simulated peak is not above Inductor's."""
+    """The candidate with the fewest saved bytes among those whose simulated peak, as encoded, is not above Inductor's."""
     allowed = [n for n in partitions if n != "one_flag" or ctx.options.recompute == "pointwise"]
     ceiling = peak(simulate(partitions["inductor"]))
-    lower = [n for n in allowed if n == "inductor" or peak(simulate(partitions[n])) <= ceiling]
+    lower = [n for n in allowed if n == "inductor" or peak(timeline(expected(partitions[n], ctx))) <= ceiling]
     return min(lower, key=lambda name: partitions[name].saved_bytes())
 
 
@@ -199,6 +222,20 @@ def after_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) ->
 
 def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> None:
     """Run the passes over the tensors that cross from forward to backward."""
+    run_stage(Stage.SAVED, partition.forward, saved_context(partition, ctx), recorder)
+    partition.forward.recompile()
+    partition.backward.recompile()
+
+
+def expected(partition: Partition, ctx: Context) -> Program:
+    """The partition as the codecs will leave it when there is no plan."""
+    if "encode_saved" in ctx.options.disable:
+        return program_of(partition)
+    return with_codecs(partition, saved_context(partition, replace(ctx, facts={**ctx.facts, "plan": None})))
+
+
+def saved_context(partition: Partition, ctx: Context) -> Context:
+    """The context of the passes over the tensors that cross from forward to backward."""
     saved = partition.saved_nodes()
     inputs = placeholders(partition.backward.graph)
     by_name = {n.name: n for n in inputs if not is_tangent(n)}
@@ -209,6 +246,4 @@ def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> N
         "backward": partition.backward.graph,
         "placeholder_of": {n: by_name[n.name] for n in saved if n.name in by_name},
     }
-    run_stage(Stage.SAVED, partition.forward, replace(ctx, facts={**ctx.facts, **facts}), recorder)
-    partition.forward.recompile()
-    partition.backward.recompile()
+    return replace(ctx, facts={**ctx.facts, **facts})

@@ -26,6 +26,7 @@ from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.recognise_activation import RecogniseActivation
 from lowmem_compile.passes.recognise_norm import RecogniseNorm
+from lowmem_compile.passes.recompute_saved import RecomputeSaved
 from lowmem_compile.reporting.model import PassRun, Site
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     ChunkLoss(),
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
+    RecomputeSaved(),  # before the codecs: what it reads may be kept as codes
     PackMasks(),
     EncodeSaved(),
 )

@@ -43,6 +43,7 @@ class Entry:
     chosen: str = ""
     baseline: Callable[[], dict[str, Any]] | None = None
     """Counts what Inductor would save for the graph as Dynamo captured it, when passes changed it before AOTAutograd."""
+    counted: dict[str, Any] | None = None
 
     def partitioned(self, candidates: Any) -> None:
         """Called by the partitioner: keep the report, and write it beside the cache."""
@@ -51,9 +52,7 @@ class Entry:
             return
         partitions = dict(candidates.partitions)
         partitions["lowmem"] = candidates.compiled
-        if self.baseline is not None:
-            partitions.update(self.baseline())
-            self.baseline = None
+        partitions.update(self.baseline_partitions() or {})
         saved = {name: p.saved_tensors() for name, p in partitions.items()}
         timelines = {name: simulate(p) for name, p in partitions.items()}
         if self.eager[0]:
@@ -77,6 +76,12 @@ class Entry:
         path = self.sidecar()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+    def baseline_partitions(self) -> dict[str, Any] | None:
+        """What Inductor would save for the graph as captured, counted once; ``None`` where that is the graph at hand."""
+        if self.baseline is not None:
+            self.counted, self.baseline = self.baseline(), None
+        return self.counted
 
     def report(self) -> GraphReport:
         """The report of this graph; from the file beside the cache if the compile was a cache hit."""

@@ -87,6 +87,9 @@ class EncodeSaved:
         root, crossing = match.node, match.info
         value = tensor_value(crossing.encoded)
         outputs = {storage_root(n) for n in ctx.facts["user_outputs"]}
+        plan = ctx.facts.get("plan")
+        if plan is not None and plan.decision(root.name) == "exact":
+            return Decline("LM216", "the plan for options['memory_budget'] keeps it exact")
         if root in outputs:
             return Decline("LM302", "the tensor is an output of the graph, which is kept alive anyway")
         if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -107,9 +110,6 @@ class EncodeSaved:
         worst = next((u for u in crossing.uses if u.kind == "amplified"), None)
         if worst is not None:
             return Decline("LM212", f"the backward pass reads it through {worst.through}")
-        score = next((u for u in crossing.uses if u.kind == "score"), None)
-        if score is not None and ctx.options.codec == "auto":
-            return Decline("LM212", f"a query or key: {score.through} reads it through the exponential of the scores")
         codec = codec_of(ctx, crossing)
         rows, width = rows_and_width(value, codec.group)
         if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
@@ -201,7 +201,12 @@ def spliced(
 
 def codec_of(ctx: Context, crossing: Crossing) -> Codec:
     """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
-    chosen = "int8" if ctx.options.codec == "auto" else ctx.options.codec
+    scored = any(u.kind == "score" for u in crossing.uses)
+    plan = ctx.facts.get("plan")
+    if plan is not None:
+        chosen = plan.decision(storage_root(crossing.encoded).name)
+    else:
+        chosen = ("int10" if scored else "int8") if ctx.options.codec == "auto" else ctx.options.codec
     keep_zero = any(u.kind == "compared with zero" for u in crossing.uses)
     return codec_named(
         chosen, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero

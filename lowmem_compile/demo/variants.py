@@ -113,6 +113,10 @@ def _budget(share: float) -> Variant:
     return Variant(f"budget_{share}", f"Inductor, budget {share}", "inductor", functorch=settings)
 
 
+def _lowmem_budget(share: float) -> Variant:
+    return Variant(f"lowmem_{share}", f"lowmem, budget {share}", "lowmem", options={"memory_budget": share})
+
+
 _ONE_FLAG = {"ban_recompute_materialized_backward": False}
 VARIANTS: Mapping[str, Variant] = {
     v.name: v
@@ -127,6 +131,8 @@ VARIANTS: Mapping[str, Variant] = {
         Variant("fp8", "Inductor, fp8 saved activations", "inductor", fp8=True),
         Variant("fp8_one_flag", "Inductor, one flag and fp8", "inductor", functorch=_ONE_FLAG, fp8=True),
         Variant("lowmem", "lowmem", "lowmem"),
+        _lowmem_budget(0.25),
+        _lowmem_budget(0.15),
         Variant("lowmem_no_codecs", "lowmem, no codecs", "lowmem", options={"codec": "none"}),
         Variant(
             "lowmem_derivative",

@@ -1,15 +1,24 @@
-"""Simulated memory of a partition: bytes alive at each operation of its forward and backward graph.
+"""Simulated memory of a partition: bytes alive at each kernel of its forward and backward graph.
 
-Counted: everything beyond parameters, buffers and inputs. A pointwise or view node that only feeds fusible nodes is taken as
-fused (never in memory). A tensor dies after its last reader; saved tensors live from forward into backward; gradients stay.
+Counted: everything beyond parameters, buffers and inputs. The kernels and their order are those of
+:mod:`lowmem_compile.planner.kernels`. From Inductor's wrapper:
+
+- a buffer lives from the kernel that makes it to the last one that reads it; saved tensors live from forward into backward;
+  gradients stay;
+- a loop writes into an input of the same size that dies with it and that no other loop of the kernel reads;
+- on a CPU, loops that follow one another are one call: all of their buffers exist before it and go after it;
+- a buffer that dies is kept for a later one of the same size, where that does not raise the peak that Inductor expects.
 """
 
 from __future__ import annotations
 
-from torch import fx
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from lowmem_compile._torch import op_types
-from lowmem_compile.graph import VIEW_OPS, is_tangent, module_path, nbytes, storage_root, tensor_of
+from lowmem_compile.planner.kernels import Kernel, kernels_of
+from lowmem_compile.planner.program import Op, Program, program_of
 from lowmem_compile.reporting.model import TimelinePoint
 from lowmem_compile.saved import Partition
 
@@ -18,65 +27,132 @@ MOST_POINTS = 300
 
 def simulate(partition: Partition) -> tuple[TimelinePoint, ...]:
     """Forward then backward, at most ``MOST_POINTS`` points (peaks are kept)."""
-    forward = _run(partition.forward.graph, {}, "forward")
-    kept = {n.name: nbytes(n) for n in partition.kept()}
-    by_name = {n.name: storage_root(n).name for n in partition.saved_nodes()}
-    start = {
-        p: kept[by_name[p.name]]
-        for p in partition.backward.graph.find_nodes(op="placeholder")
-        if not is_tangent(p) and by_name.get(p.name) in kept
-    }
-    backward = _run(partition.backward.graph, start, "backward")
+    return timeline(program_of(partition))
+
+
+def timeline(program: Program) -> tuple[TimelinePoint, ...]:
+    """The same for a program."""
+    forward = _run(kernels_of(program.forward, program.forward_outputs), {}, program.forward_outputs, "forward")
+    start = {c.inputs: (c.nbytes, c.dtype) for c in program.crossings}
+    backward = _run(kernels_of(program.backward, program.backward_outputs), start, program.backward_outputs, "backward")
     return tuple(_thin(forward) + _thin(backward))
 
 
-def peak(points: tuple[TimelinePoint, ...]) -> int:
+def peak(points: Sequence[TimelinePoint]) -> int:
     """The highest point."""
     return max((p.live_bytes for p in points), default=0)
 
 
-def _run(graph: fx.Graph, start: dict[fx.Node, int], phase: str) -> list[TimelinePoint]:
-    ops = op_types()
-    outputs = {storage_root(n) for n in graph.output_node().all_input_nodes}
-    last: dict[fx.Node, int] = {}
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    alive: dict[fx.Node, int] = dict(start)
-    for node in reversed(graph.nodes):
-        root = storage_root(node)
-        reach = order[node]
-        for user in node.users:
-            reach = max(reach, last[user] if _fused(user, ops, outputs) else order[user])
-        last[node] = reach
-        last[root] = max(last.get(root, 0), reach)
-    expiry: dict[int, list[fx.Node]] = {}
-    for node, when in last.items():
-        expiry.setdefault(when, []).append(node)
-    total = sum(alive.values())
-    points: list[TimelinePoint] = []
-    for node in graph.nodes:
-        if node.op == "output":
-            break
-        if node.op == "call_function":
-            size = 0 if _fused(node, ops, outputs) or node.target in VIEW_OPS else nbytes(node)
-            if size:
-                alive[node] = size
-                total += size
-                points.append(TimelinePoint(module_path(node) or str(node.target), phase, total))  # type: ignore[arg-type]
-        for dead in expiry.get(order[node], ()):
-            if dead in alive and dead not in outputs:
-                total -= alive.pop(dead)
-    points.append(TimelinePoint(f"end of {phase}", phase, total))  # type: ignore[arg-type]
-    return points
+@dataclass
+class _Span:
+    """A buffer: made by kernel ``start``, gone after kernel ``end``."""
+
+    size: int
+    dtype: str
+    start: int
+    end: int
 
 
-def _fused(node: fx.Node, ops: object, outputs: set[fx.Node]) -> bool:
-    """A pointwise value that never reaches memory: every reader can be fused with it."""
-    if node.op != "call_function" or node in outputs or tensor_of(node) is None:
-        return False
-    if node.target in VIEW_OPS:
-        return True
-    fusible = ops.is_fusible  # type: ignore[attr-defined]
-    return bool(fusible(node)) and all(u.op == "call_function" and (u.target in VIEW_OPS or fusible(u)) for u in node.users)
+def _run(
+    kernels: Sequence[Kernel], start: Mapping[tuple[str, ...], tuple[int, str]], outputs: frozenset[str], phase: str
+) -> list[TimelinePoint]:
+    owner = {name: names[0] for names in start for name in names}
+    first = {names[0]: size for names, size in start.items()}
+    spans, given = _spans(kernels, first, owner, outputs)
+    live = _total(len(kernels), (*spans, *given))
+    expected = [s for group in _spans(kernels, first, owner, outputs, expected=True) for s in group]
+    _hold_for_reuse(live, spans, _total(len(kernels), expected))
+    points = [TimelinePoint(f"start of {phase}", phase, sum(s.size for s in given))] if given else []  # type: ignore[arg-type]
+    points += [TimelinePoint(k.module or k.makes[0].target, phase, m) for k, m in zip(kernels, live, strict=True)]  # type: ignore[arg-type]
+    last = len(kernels) - 1
+    stays = sum(s.size for s in (*spans, *given) if s.end > last)
+    return [*points, TimelinePoint(f"end of {phase}", phase, stays)]  # type: ignore[arg-type]
+
+
+def _spans(
+    kernels: Sequence[Kernel],
+    start: Mapping[str, tuple[int, str]],
+    owner: Mapping[str, str],
+    outputs: frozenset[str],
+    *,
+    expected: bool = False,
+) -> tuple[list[_Span], list[_Span]]:
+    """Buffers that the kernels make, and those given at the start; ``expected``: without writing in place and calls at once."""
+    last: dict[str, int] = {}
+    for i, kernel in enumerate(kernels):
+        for name in kernel.reads:
+            last[owner.get(name, name)] = i
+    call_end = list(range(len(kernels))) if expected else _call_ends(kernels)
+    forever = len(kernels)
+    alive = {n: _Span(size, dtype, 0, call_end[last[n]] if n in last else -1) for n, (size, dtype) in start.items()}
+    for name in alive.keys() & outputs:
+        alive[name].end = forever
+    given = list(alive.values())
+    made: list[_Span] = []
+    for i, kernel in enumerate(kernels):
+        dying = {n for r in kernel.reads if (n := owner.get(r, r)) in alive and last[n] == i and n not in outputs}
+        for op in kernel.makes:
+            if op.name in kernel.dead or not op.nbytes:
+                continue
+            end = forever if op.name in outputs else call_end[last.get(op.name, i)]
+            candidates = [owner.get(n, n) for n in kernel.may_overwrite(op.name)] if kernel.loop and not expected else []
+            taken = next((n for n in candidates if n in dying and _alike(alive[n], op)), None)
+            if taken is None:
+                alive[op.name] = _Span(op.nbytes, op.dtype, i, end)
+                made.append(alive[op.name])
+            else:
+                dying.discard(taken)
+                alive[op.name] = alive.pop(taken)
+                alive[op.name].end = end
+    return made, given
+
+
+def _alike(span: _Span, op: Op) -> bool:
+    return (span.size, span.dtype) == (op.nbytes, op.dtype)
+
+
+def _call_ends(kernels: Sequence[Kernel]) -> list[int]:
+    """For each kernel the last one of its call."""
+    ends = list(range(len(kernels)))
+    for i in reversed(range(len(kernels) - 1)):
+        if kernels[i].loop and kernels[i + 1].loop:
+            ends[i] = ends[i + 1]
+    return ends
+
+
+def _total(kernels: int, spans: Sequence[_Span]) -> list[int]:
+    """Bytes alive during each kernel."""
+    change = [0] * (kernels + 1)
+    for span in spans:
+        if span.end >= span.start:
+            change[span.start] += span.size
+            change[min(span.end + 1, kernels)] -= span.size
+    return list(itertools.accumulate(change))[:kernels]
+
+
+def _add(live: list[int], first: int, last: int, size: int) -> None:
+    for i in range(first, min(last + 1, len(live))):
+        live[i] += size
+
+
+def _hold_for_reuse(live: list[int], spans: Sequence[_Span], expected: list[int]) -> None:
+    """Keep dead buffers for later ones of their size, as Inductor's wrapper does, going by the memory that it expects."""
+    highest = max(expected, default=0)
+    pool: dict[tuple[int, str], list[int]] = defaultdict(list)
+    ending: dict[int, list[_Span]] = defaultdict(list)
+    starting: dict[int, list[_Span]] = defaultdict(list)
+    for span in spans:
+        ending[span.end].append(span)
+        starting[span.start].append(span)
+    for i in range(len(live)):
+        for span in starting[i]:
+            free = pool[span.size, span.dtype]
+            if free and (free[-1] + 1 == i or span.size + max(expected[free[-1] + 1 : i]) <= highest):
+                first = free.pop() + 1
+                for memory in (live, expected):
+                    _add(memory, first, i - 1, span.size)
+        for span in ending[i]:
+            pool[span.size, span.dtype].append(i)
 
 
 def _thin(points: list[TimelinePoint]) -> list[TimelinePoint]:

@@ -111,6 +111,11 @@ REASONS: Final[Mapping[str, Reason]] = {
         "backward pass begins; codes in between would add a copy.",
         "",
     ),
+    "LM216": Reason(
+        "Kept exact by the plan",
+        "The plan for options['memory_budget'] meets the budget at less error and time with this tensor as it is.",
+        "Ask for a smaller budget.",
+    ),
     "LM300": Reason(
         "No fewer bytes in the end",
         "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",

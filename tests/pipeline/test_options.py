@@ -29,6 +29,7 @@ OTHER: Mapping[str, Any] = {
     "codec": "int4",
     "codec_group": 32,
     "rounding": "stochastic",
+    "memory_budget": 0.5,
     "keep_exact": ["lm_head"],
     "disable": ["pack_masks"],
     "strict": True,
@@ -156,6 +157,7 @@ def test_the_order_of_the_passes() -> None:
         "chunk_loss",
         "norm_from_output",
         "approximate_activation",
+        "recompute_saved",
         "pack_masks",
         "encode_saved",
     ]

@@ -1,0 +1,163 @@
+"""What may be done with each tensor that crosses from forward to backward, and what each choice costs.
+
+Error model. A saved tensor with relative error e changes the whole gradient by a relative s·e. Errors of different tensors are
+independent, so squares add: E² = Σ s²e². Without a measurement s² is a prior, the same for all tensors of a kind:
+
+    ordinary        Σ s² = 4      (MiniLM, SmolLM2, ViT: int8 in all of them, e = 0.6 %, gives E = 1.2 to 1.4 %)
+    query, key      Σ s² = 40     (from 4 in MiniLM to 130 in DINOv2, whose scores are large)
+
+e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own.
+
+Time model. Bytes that a memory-bound kernel would move: a codec's arithmetic as a multiple of the tensor's bytes (measured on a
+CPU), a recipe's matrix products at ``BALANCE`` operations a byte, its other operations at what they read and write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from lowmem_compile.contract import Context, Match
+from lowmem_compile.graph import concrete, nbytes, numel, storage_root, tensor_value
+from lowmem_compile.kernels.group_codes import Codec
+from lowmem_compile.options import CodecName
+from lowmem_compile.passes.encode_saved import EncodeSaved, codec_of, rows_and_width
+from lowmem_compile.passes.recompute_saved import crossing_nodes
+from lowmem_compile.planner.program import Op, Program, program_of
+from lowmem_compile.rematerialise import Recipe, recipe_of
+from lowmem_compile.saved import Partition
+
+LADDER: tuple[CodecName, ...] = ("int10", "int8", "int6", "int5", "int4")
+ORDINARY, SCORED = 4.0, 40.0
+"""Prior Σ s² of ordinary saved tensors, and of queries and keys."""
+BALANCE = {"cpu": 30.0, "cuda": 300.0}
+"""Operations a device does in the time it moves a byte."""
+EFFORT = {"int10": 3.0, "int8": 0.5, "int6": 3.0, "int5": 4.0, "int4": 1.0, "bf16": 0.0}
+"""Extra time of encode and decode, in bytes moved per byte of the tensor."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to keep a tensor.
+
+    Attributes:
+        name: ``"exact"``, a codec or ``"recompute"``.
+        nbytes: what is kept.
+        error2: what it adds to the square of the gradient's relative error.
+        cost: extra time, in bytes moved.
+    """
+
+    name: str
+    nbytes: int
+    error2: float = 0.0
+    cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor that crosses, its choices (exact first), and the recipe if it can be computed again."""
+
+    root: str
+    choices: tuple[Choice, ...]
+    sources: frozenset[str] = frozenset()
+    """Roots of saved tensors that its recipe reads: they have to be kept if it is computed again."""
+    recipe: Recipe | None = None
+    kind: str = "ordinary"
+    """``"ordinary"``, ``"score"`` (query or key), or ``"exact"`` where a rule forbids codes."""
+
+    def choice(self, name: str) -> Choice:
+        """The choice of that name."""
+        return next(c for c in self.choices if c.name == name)
+
+
+def items_of(graph: fx.Graph, ctx: Context, program: Program) -> list[Item]:
+    """The choices for every tensor that crosses.
+
+    Args:
+        graph: the forward graph.
+        ctx: context of the saved stage.
+        program: the same partition, for the sizes of operations.
+    """
+    encode = EncodeSaved()
+    crossing = crossing_nodes(ctx)
+    matches = {m.node: m for m in encode.find(graph, ctx)}
+    kinds = {root: _kind(matches.get(root)) for root in crossing}
+    counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in ("ordinary", "score")}
+    ops = {op.name: op for op in program.forward}
+    balance = BALANCE.get(ctx.device, BALANCE["cpu"])
+    items = []
+    for root, saved in crossing.items():
+        choices = [Choice("exact", nbytes(root))]
+        if kinds[root] != "exact":
+            weight = (SCORED / counts["score"]) if kinds[root] == "score" else (ORDINARY / counts["ordinary"])
+            choices += _codes(encode, matches[root], ctx, weight, nbytes(root))
+        recipe = recipe_of(root, saved, crossing)
+        if isinstance(recipe, Recipe) and numel(root) >= 64:
+            choices.append(Choice("recompute", 0, 0.0, _time(recipe, ops, balance)))
+            sources = frozenset(s.name for s in recipe.sources)
+            items.append(Item(root.name, tuple(choices), sources, recipe, kinds[root]))
+        else:
+            items.append(Item(root.name, tuple(choices), kind=kinds[root]))
+    return items
+
+
+def _kind(match: Match | None) -> str:
+    if match is None:
+        return "exact"
+    return "score" if any(u.kind == "score" for u in match.info.uses) else "ordinary"
+
+
+def _codes(encode: EncodeSaved, match: Match, ctx: Context, weight: float, exact: int) -> list[Choice]:
+    if ctx.options.codec == "none":
+        return []
+    found = []
+    for name in LADDER:
+        trial = replace(ctx, options=replace(ctx.options, codec=name, memory_budget=None), facts={**ctx.facts, "plan": None})
+        if encode.check(match, trial) is not None:
+            continue
+        codec = codec_of(trial, match.info)
+        size = code_bytes(match, codec)
+        if size < exact:
+            found.append(Choice(name, size, weight * codec.error**2, EFFORT[name] * exact))
+    return found
+
+
+def code_bytes(match: Match, codec: Codec) -> int:
+    """Bytes of the codes of a tensor; symbolic sizes by their hint."""
+    rows, width = rows_and_width(tensor_value(match.info.encoded), codec.group)
+    if isinstance(width, int):
+        return codec.nbytes(concrete(rows), width)
+    return concrete(rows) * (concrete(width) * codec.bits // 8 + 2)
+
+
+def with_codecs(partition: Partition, ctx: Context) -> Program:
+    """A partition as the codec pass will leave it without a plan."""
+    program, encode = program_of(partition), EncodeSaved()
+    for match in encode.find(partition.forward.graph, ctx):
+        crossing = next((c for c in program.crossings if c.root == match.node.name), None)
+        if crossing is not None and encode.check(match, ctx) is None:
+            program = program.encoded(crossing, code_bytes(match, codec_of(ctx, match.info)))
+    return program
+
+
+def _time(recipe: Recipe, ops: Mapping[str, Op], balance: float) -> float:
+    total = 0.0
+    for node in recipe.nodes:
+        op = ops.get(node.name)
+        if op is not None:
+            total += op.flops / balance + (op.nbytes if op.flops else 0.25 * op.nbytes)
+    return total
+
+
+def chain_of(recipe: Recipe, program: Program) -> list[Op]:
+    """The recipe's operations in the program."""
+    wanted = {n.name for n in recipe.nodes if storage_root(n) is n}
+    return [op for op in program.forward if op.name in wanted]
+
+
+def step_time(program: Program, balance: float) -> float:
+    """The whole step in the same unit."""
+    work: Sequence[Op] = (*program.forward, *program.backward)
+    return sum(op.flops / balance + op.nbytes for op in work if op.role not in ("input", "nothing"))

@@ -1,0 +1,212 @@
+"""The plan of one graph: how each tensor that crosses is kept, so that a budget is met at the least error and time.
+
+    minimise    Σ error² / ERROR² + Σ time / (TIME · step)
+    subject to  Σ bytes ≤ cap;  one choice a tensor;  what a recomputed tensor reads is not recomputed itself
+
+An integer linear programme with a few hundred binary variables, solved by HiGHS (``scipy.optimize.milp``). Fewer saved bytes are
+not always a lower peak, so plans for smaller and smaller caps are simulated (:mod:`lowmem_compile.planner.timeline`):
+
+- a share B of Inductor's bytes: the plan of the largest cap ≤ B whose simulated peak is not above that of any larger cap (3 %,
+  less than the simulation's error, count as nothing), so that the peak is monotone in the budget;
+- a peak in bytes: the plan of the largest cap whose simulated peak is below it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lowmem_compile.contract import Context
+from lowmem_compile.errors import BudgetError
+from lowmem_compile.planner.budget import Budget
+from lowmem_compile.planner.choices import BALANCE, Item, chain_of, items_of, step_time
+from lowmem_compile.planner.program import Op, Program, program_of
+from lowmem_compile.planner.timeline import peak, timeline
+from lowmem_compile.saved import Partition
+
+ERROR, TIME = 0.03, 0.05
+"""A relative gradient error of 3 % (cosine 0.99955) weighs as much as 5 % of the step time."""
+RUNGS = (1.0, 0.8, 0.65, 0.55, 0.48, 0.42, 0.37, 0.33, 0.29, 0.26, 0.23, 0.2, 0.17, 0.14, 0.12, 0.1, 0.08, 0.06, 0.04, 0.02)
+"""Caps that are tried, as shares of what Inductor saves."""
+SLACK = 1.03
+"""Two simulated peaks closer than this are taken as equal."""
+SMALLEST_GRAPH = 1 << 18
+"""Graphs for which Inductor saves fewer bytes have no budget of their own: the small graphs around a graph break."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with each tensor that crosses.
+
+    Attributes:
+        decisions: by the name of the storage's owner in the forward graph: ``"exact"``, a codec, ``"recompute"``.
+        nbytes: bytes kept.
+        error: estimated relative error of the gradient.
+        time: estimated extra time as a share of the step.
+        peak: simulated peak in bytes.
+    """
+
+    decisions: dict[str, str]
+    nbytes: int
+    error: float
+    time: float
+    peak: int
+
+    def decision(self, root: str) -> str:
+        """What is done with a tensor; one the plan does not know stays exact."""
+        return self.decisions.get(root, "exact")
+
+
+class Planner:
+    """Plans for one partition.
+
+    Args:
+        partition: forward and backward graph, before the saved stage.
+        ctx: context of the saved stage.
+    """
+
+    def __init__(self, partition: Partition, ctx: Context) -> None:
+        self.program = program_of(partition)
+        self.items = items_of(partition.forward.graph, ctx, self.program)
+        self.step = max(step_time(self.program, BALANCE.get(ctx.device, BALANCE["cpu"])), 1.0)
+
+    def least(self) -> int:
+        """The fewest bytes that any choice keeps."""
+        plan = self.solve(0, least=True)
+        assert plan is not None
+        return plan.nbytes
+
+    def solve(self, cap: int, *, least: bool = False) -> Plan | None:
+        """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none.
+
+        Args:
+            cap: bytes.
+            least: minimise the bytes instead, without a cap.
+        """
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
+        columns = [(i, c) for i, item in enumerate(self.items) for c in item.choices]
+        if not columns:
+            return self._plan({})
+        cost = np.array([c.error2 / ERROR**2 + c.cost / (TIME * self.step) for _, c in columns])
+        sizes = np.array([float(c.nbytes) for _, c in columns])
+        of_item: dict[int, list[int]] = defaultdict(list)
+        for j, (i, _) in enumerate(columns):
+            of_item[i].append(j)
+        rows = [(dict.fromkeys(of_item[i], 1.0), 1.0, 1.0) for i in range(len(self.items))]
+        again = {self.items[i].root: j for j, (i, c) in enumerate(columns) if c.name == "recompute"}
+        rows += [
+            ({again[item.root]: 1.0, again[source]: 1.0}, 0.0, 1.0)
+            for item in self.items
+            if item.root in again
+            for source in item.sources & again.keys()
+        ]
+        if not least:
+            rows.append((dict(enumerate(sizes)), 0.0, float(cap)))
+        entries = [(r, j, v) for r, (row, _, _) in enumerate(rows) for j, v in row.items()]
+        at, which, values = zip(*entries, strict=True)
+        matrix = csr_array((values, (at, which)), shape=(len(rows), len(columns)))
+        result = milp(
+            sizes + 1e-6 * cost if least else cost + 1e-12 * sizes,
+            constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
+            integrality=np.ones(len(columns)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": 20.0, "mip_rel_gap": 1e-3},
+        )
+        if result.x is None:
+            return None
+        return self._plan({self.items[i].root: c.name for (i, c), x in zip(columns, result.x, strict=True) if x > 0.5})
+
+    def _plan(self, decisions: dict[str, str]) -> Plan:
+        chosen = [item.choice(decisions[item.root]) for item in self.items]
+        return Plan(
+            decisions,
+            sum(c.nbytes for c in chosen),
+            float(sum(c.error2 for c in chosen) ** 0.5),
+            sum(c.cost for c in chosen) / self.step,
+            peak(timeline(self.applied(decisions))),
+        )
+
+    def applied(self, decisions: dict[str, str]) -> Program:
+        """The program as the saved stage will make it."""
+        program = self.program
+        for item in self.items:
+            if decisions[item.root] == "recompute" and item.recipe is not None:
+                program = _recomputed(program, item)
+        for item in self.items:
+            crossing = next((c for c in program.crossings if c.root == item.root), None)
+            if crossing is not None and decisions[item.root] not in ("exact", "recompute"):
+                program = program.encoded(crossing, item.choice(decisions[item.root]).nbytes)
+        return program
+
+    def meet(self, budget: Budget, inductor: int, room: int = 0) -> Plan:
+        """The plan for a budget.
+
+        Args:
+            budget: share or peak.
+            inductor: bytes that Inductor saves for this graph.
+            room: Inductor's own simulated peak, for the message.
+
+        Raises:
+            BudgetError: no plan meets it; the message says what the minimum is.
+        """
+        caps = [int(r * inductor) for r in RUNGS]
+        if budget.share is not None:
+            wanted = int(budget.share * inductor)
+            caps = sorted({*(c for c in caps if c > wanted), wanted, *(c for c in caps if c < wanted)}, reverse=True)
+        lowest: int | None = None
+        best: Plan | None = None
+        for cap in caps:
+            plan = self.solve(cap)
+            if plan is None:
+                break
+            if budget.peak is not None:
+                if plan.peak <= budget.peak:
+                    return plan
+            elif cap <= wanted and (lowest is None or plan.peak <= SLACK * lowest):
+                return plan
+            elif cap <= wanted and (best is None or plan.peak < best.peak):
+                best = plan
+            lowest = plan.peak if lowest is None else min(lowest, plan.peak)
+        if best is not None:
+            return best
+        least = self.solve(0, least=True)
+        assert least is not None
+        if budget.share is not None:
+            raise BudgetError(
+                f"options['memory_budget'] = {budget.share:g} asks for {_mib(int(budget.share * inductor))} saved for backward; "
+                f"the least this graph can keep is {_mib(least.nbytes)}, {least.nbytes / max(inductor, 1):.3f} of Inductor's "
+                f"{_mib(inductor)}. Ask for more than that, or release what options['keep_exact'] pins."
+            )
+        assert budget.peak is not None
+        reached = min(least.peak, lowest if lowest is not None else least.peak)
+        raise BudgetError(
+            f"options['memory_budget'] asks for a peak of {_mib(budget.peak)}; the lowest this graph can reach is {_mib(reached)} "
+            f"(Inductor: {_mib(room)}), beyond parameters, buffers, inputs and optimizer state. "
+            "Ask for more, or take a smaller batch."
+        )
+
+
+def _recomputed(program: Program, item: Item) -> Program:
+    assert item.recipe is not None
+    crossing = next(c for c in program.crossings if c.root == item.root)
+    names = {s.name: next(c.inputs[0] for c in program.crossings if c.root == s.name) for s in item.recipe.sources}
+    have = {op.name for op in program.backward}
+    inputs = {i.name: i.name for i in item.recipe.inputs}
+    extra = [replace(op) for op in program.forward if op.name in inputs and op.name not in have]
+    chain = chain_of(item.recipe, program)
+    known = {**names, **inputs, **{op.name: op.name for op in chain}}
+    chain = [replace(op, reads=tuple(r for r in op.reads if r in known)) for op in chain]
+    return program.recomputed(crossing, _last(chain, item.root), {**names, **inputs}, extra)
+
+
+def _last(chain: Sequence[Op], root: str) -> list[Op]:
+    return [op for op in chain if op.name != root] + [op for op in chain if op.name == root]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
