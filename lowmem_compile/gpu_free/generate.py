@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from lowmem_compile._torch import (
     FakeTensorMode,
@@ -159,16 +158,22 @@ def on_stub(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
     mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)]) or FakeTensorMode()
     moved = fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
-    def move(value: Any) -> Any:
+    def device(value: Any) -> Any:
         return DEVICE if isinstance(value, torch.device) and value.type == "cpu" else value
 
-    for node in moved.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, move)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, move)
+    def tensor(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=DEVICE)
+
     with mode:
-        inputs = [
-            torch.empty_strided(v.size(), v.stride(), dtype=v.dtype, device=DEVICE) if isinstance(v, torch.Tensor) else v
-            for v in values
-        ]
-    FakeTensorProp(moved, mode).propagate_dont_convert_inputs(*inputs)
+        inputs = [tensor(v) for v in values]
+        given = iter(inputs)
+        for node in moved.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, device)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, device)
+            if node.op == "placeholder":
+                node.meta["val"] = next(given)
+            elif "val" in node.meta:
+                node.meta["val"] = fx.node.map_aggregate(node.meta["val"], tensor)
     return moved, inputs

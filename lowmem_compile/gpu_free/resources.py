@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_compile._torch import code_generation
+from lowmem_compile.gpu_free.specialised import Specialised
 from lowmem_compile.gpu_free.stub import stub_device
 
 TARGETS: Mapping[str, tuple[str, int | str, int]] = {
@@ -43,27 +44,6 @@ class Resources:
     shared: int
 
 
-@dataclass(frozen=True)
-class Specialised:
-    """A Triton function with what Triton specialises it on.
-
-    Attributes:
-        function: from ``@triton.jit``.
-        signature: type of each argument, such as ``"*bf16"``, ``"i64"``, ``"constexpr"``.
-        constants: values of the constant arguments.
-        attributes: alignment, as Triton's AST source takes it.
-        warps: warps a block.
-        stages: software pipelining stages.
-    """
-
-    function: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    attributes: Any
-    warps: int
-    stages: int = 1
-
-
 def compile_for(kernel: Specialised, target: str) -> Resources:
     """Compile for one of :data:`TARGETS` and read the resources."""
     import triton
@@ -71,7 +51,7 @@ def compile_for(kernel: Specialised, target: str) -> Resources:
     from triton.compiler import ASTSource
 
     source = ASTSource(kernel.function, dict(kernel.signature), dict(kernel.constants), kernel.attributes)
-    options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": kernel.enable_fp_fusion}
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if TARGETS[target][0] == "hip":
         return _of_assembly(compiled.asm["amdgcn"])
