@@ -25,23 +25,23 @@ BLOCK = 512
 
 
 @triton.jit
-def log1p(e):  # noqa: ANN001, ANN201, D103  e·log(1 + e)/((1 + e) - 1): exact where 1 + e rounds (Kahan)
+def log1p(e):  # noqa: D103  e·log(1 + e)/((1 + e) - 1): exact where 1 + e rounds (Kahan)
     u = 1.0 + e
     return tl.where(u == 1.0, e, e * tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0))
 
 
 @triton.jit
-def softplus(x):  # noqa: ANN001, ANN201, D103
+def softplus(x):  # noqa: D103
     return tl.where(x < 0, 0.0, x) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
-def tanh(x):  # noqa: ANN001, ANN201, D103  for x ≥ 0 without cancellation below 1e-3, where mish does not need it
+def tanh(x):  # noqa: D103  for x ≥ 0 without cancellation below 1e-3, where mish does not need it
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
-def activation(x, NAME: tl.constexpr):  # noqa: ANN001, ANN201
+def activation(x, NAME: tl.constexpr):
     """The activation of float32 x."""
     if NAME == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -63,13 +63,13 @@ def activation(x, NAME: tl.constexpr):  # noqa: ANN001, ANN201
 
 @triton.jit
 def activation_codes_kernel(
-    h,  # noqa: ANN001
-    y,  # noqa: ANN001
-    codes,  # noqa: ANN001
-    poison,  # noqa: ANN001
-    elements,  # noqa: ANN001
-    length,  # noqa: ANN001
-    width,  # noqa: ANN001
+    h,
+    y,
+    codes,
+    poison,
+    elements,
+    length,
+    width,
     NAME: tl.constexpr,
     THRESHOLDS: tl.constexpr,
     BITS: tl.constexpr,

@@ -19,21 +19,21 @@ from lowmem_compile.kernels.group_codes.op import allocate
 
 @triton.jit
 def gated_codes_kernel(
-    a,  # noqa: ANN001
-    b,  # noqa: ANN001
-    y,  # noqa: ANN001
-    a_0,  # noqa: ANN001
-    a_1,  # noqa: ANN001
-    a_2,  # noqa: ANN001
-    a_scales,  # noqa: ANN001
-    b_0,  # noqa: ANN001
-    b_1,  # noqa: ANN001
-    b_2,  # noqa: ANN001
-    b_scales,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    width,  # noqa: ANN001
-    run_width,  # noqa: ANN001
-    LENGTH,  # noqa: ANN001
+    a,
+    b,
+    y,
+    a_0,
+    a_1,
+    a_2,
+    a_scales,
+    b_0,
+    b_1,
+    b_2,
+    b_scales,
+    rows,
+    width,
+    run_width,
+    LENGTH,
     NAME: tl.constexpr,
     BITS: tl.constexpr,
     WIDTHS: tl.constexpr,

@@ -30,18 +30,18 @@ ROUNDER = 1.5 * 2**23
 
 
 @triton.jit
-def round_even(v, ROUNDER: tl.constexpr):  # noqa: ANN001, ANN201, D103
+def round_even(v, ROUNDER: tl.constexpr):  # noqa: D103
     return (v + ROUNDER) - ROUNDER
 
 
 @triton.jit
-def store_plane(  # noqa: ANN201
-    code,  # noqa: ANN001  int32 [T, R, G], of W bits
-    plane,  # noqa: ANN001
-    inside,  # noqa: ANN001
-    row,  # noqa: ANN001
-    inner,  # noqa: ANN001
-    LENGTH,  # noqa: ANN001
+def store_plane(
+    code,  # int32 [T, R, G], of W bits
+    plane,
+    inside,
+    row,
+    inner,
+    LENGTH,
     W: tl.constexpr,
     RUNS: tl.constexpr,
     T: tl.constexpr,
@@ -55,17 +55,17 @@ def store_plane(  # noqa: ANN201
 
 
 @triton.jit
-def encode_tile(  # noqa: ANN201, PLR0915
-    x,  # noqa: ANN001  float32 [T, R, G], zeros where there is no element
-    valid,  # noqa: ANN001  bool [T, 1, 1]: the group exists
-    row,  # noqa: ANN001  int64 [T, 1, 1]
-    place,  # noqa: ANN001  int64 [T, 1, 1]: the group's place in its run
-    planes_0,  # noqa: ANN001
-    planes_1,  # noqa: ANN001
-    planes_2,  # noqa: ANN001
-    scales,  # noqa: ANN001
-    seed,  # noqa: ANN001
-    LENGTH,  # noqa: ANN001
+def encode_tile(
+    x,  # float32 [T, R, G], zeros where there is no element
+    valid,  # bool [T, 1, 1]: the group exists
+    row,  # int64 [T, 1, 1]
+    place,  # int64 [T, 1, 1]: the group's place in its run
+    planes_0,
+    planes_1,
+    planes_2,
+    scales,
+    seed,
+    LENGTH,
     BITS: tl.constexpr,
     WIDTHS: tl.constexpr,
     RUNS: tl.constexpr,
@@ -122,18 +122,18 @@ def encode_tile(  # noqa: ANN201, PLR0915
 
 @triton.jit
 def encode_kernel(
-    x,  # noqa: ANN001
-    planes_0,  # noqa: ANN001
-    planes_1,  # noqa: ANN001
-    planes_2,  # noqa: ANN001
-    scales,  # noqa: ANN001
-    seed,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    width,  # noqa: ANN001
-    row_stride,  # noqa: ANN001
-    stride,  # noqa: ANN001
-    run_width,  # noqa: ANN001
-    LENGTH,  # noqa: ANN001
+    x,
+    planes_0,
+    planes_1,
+    planes_2,
+    scales,
+    seed,
+    rows,
+    width,
+    row_stride,
+    stride,
+    run_width,
+    LENGTH,
     BITS: tl.constexpr,
     WIDTHS: tl.constexpr,
     RUNS: tl.constexpr,

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import special
 
 from lowmem_compile._torch import code_generation
 
@@ -37,12 +38,11 @@ RECORDS: list[Record] = []
 LARGEST_BLOCK = {"X": 16384, "Y": 256, "Z": 64, "R": 256}
 """Elements a block, by the first letter of the dimension: the interpreter's limit is 2²⁰ elements a tensor."""
 
-_ERF = np.vectorize(math.erf, otypes=[np.float64])
 LIBDEVICE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "ceil": np.ceil,
     "cos": np.cos,
-    "erf": lambda x: _ERF(x).astype(x.dtype),
+    "erf": special.erf,
     "exp": np.exp,
     "exp2": np.exp2,
     "expm1": np.expm1,
