@@ -55,7 +55,13 @@ def codec_of(bits: int, group: int, keep_zero: bool, seed: torch.Tensor | None) 
 
 
 def allocate(codec: Codec, x: torch.Tensor) -> list[torch.Tensor]:
-    """Uninitialised parts for the codes of x[..., D]: one tensor a plane, then the scales."""
+    """Uninitialised parts for the codes of x[..., D]: one tensor a plane, then the scales.
+
+    Raises:
+        ValueError: D is symbolic; the layout is that of a number.
+    """
+    if not isinstance(x.shape[-1], int):
+        raise ValueError("group codes in one kernel need a last dimension of static size")
     runs, length, group = codec.layout(x.shape[-1])
     lead = x.shape[:-1]
     kind = torch.int8 if codec.bits == 8 else torch.uint8

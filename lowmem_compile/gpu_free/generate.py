@@ -104,7 +104,9 @@ def generate(
     def call_backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         with inductor_config.patch(compile_threads=1, force_disable_caches=True):
             if backend == "lowmem":
-                return lowmem(gm, example_inputs, options={"report": False, "strict": True, **(options or {})}, inner_compile=inner)
+                return lowmem(
+                    gm, example_inputs, options={"report": False, "strict": True, **(options or {})}, inner_compile=inner
+                )
             return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(options or {}))
 
     generated.call = torch.compile(model, backend=call_backend)
@@ -112,7 +114,7 @@ def generate(
 
 
 def _inner(
-    codes: list[Code], worker: Runs | None, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
+    codes: list[Code], worker: Runs | None, gm: fx.GraphModule, _example_inputs: Sequence[Any], **kwargs: Any
 ) -> Callable[..., Any]:
     kind = "backward" if kwargs.get("is_backward") else ("inference" if kwargs.get("is_inference") else "forward")
     source = wrapper_source(gm, **kwargs)

@@ -49,7 +49,9 @@ def operations() -> dict[str, Operation]:
         own = name != "int8"
         made[f"encode {name}"] = Operation(codec.encode, (x,), (GROUPS, x, codec) if own else ())
         made[f"decode {name}"] = Operation(_decode(codec), codec.encode(x))
-        made[f"SwiGLU, encode {name} of both inputs"] = Operation(_gated(codec), (x, g), (GATED, x, g, "silu", codec) if own else ())
+        made[f"SwiGLU, encode {name} of both inputs"] = Operation(
+            _gated(codec), (x, g), (GATED, x, g, "silu", codec) if own else ()
+        )
         parts = (*codec.encode(x), *codec.encode(g))
         made[f"SwiGLU backward from {name}"] = Operation(_gated_backward(codec), (g, *parts))
     for bits in (2, 4):

@@ -33,7 +33,12 @@ def own_kernels() -> dict[str, Specialised]:
     made = {f"encode int{b}": groups.specialised(codec_named(f"int{b}"), 4096, "bf16") for b in (3, 4, 5, 6, 7, 8, 10)}
     made["encode int4, stochastic"] = groups.specialised(codec_named("int4", stochastic=True), 4096, "bf16")
     made["encode int8, stochastic"] = groups.specialised(codec_named("int8", stochastic=True), 4096, "bf16")
-    for name, kind, bits in (("gelu", "derivative", 2), ("gelu", "derivative", 4), ("silu", "derivative", 4), ("mish", "primitive", 2)):
+    for name, kind, bits in (
+        ("gelu", "derivative", 2),
+        ("gelu", "derivative", 4),
+        ("silu", "derivative", 4),
+        ("mish", "primitive", 2),
+    ):
         made[f"{name}, {kind} codes of {bits} bits"] = steps.specialised(name, step_table(name, kind, bits), "bf16")
     made["SwiGLU, encode int4"] = gated.specialised("silu", codec_named("int4"), 4096, "bf16")
     made["GeGLU, encode int4"] = gated.specialised("gelu", codec_named("int4"), 4096, "bf16")
@@ -87,9 +92,11 @@ def step(kind: str, worker: Worker, backend: str) -> Generated:
 
 def models_table(worker: Worker) -> Iterator[str]:
     """Kernels and bytes of whole models, and what their generated kernels take."""
-    yield "| model | backend | kernels forward | backward | library calls | MiB moved | distinct | " + " | ".join(
-        f"{t}: most registers · spilled" for t in ("sm_80", "sm_90")
-    ) + " |"
+    yield (
+        "| model | backend | kernels forward | backward | library calls | MiB moved | distinct | "
+        + " | ".join(f"{t}: most registers · spilled" for t in ("sm_80", "sm_90"))
+        + " |"
+    )
     yield "| --- |" + " --- |" * 8
     for kind in BLOCKS:
         for backend in ("inductor", "lowmem"):

@@ -15,7 +15,6 @@ import unittest.mock
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lowmem_compile._torch import code_generation
 from lowmem_compile.gpu_free.specialised import Specialised
@@ -61,9 +60,9 @@ def compile_for(kernel: Specialised, target: str) -> Resources:
 def of_inductor(name: str, source: str) -> Specialised:
     """A kernel that Inductor generated, from its source, in its first configuration."""
     private = code_generation()
-    with stub_device(), unittest.mock.patch.object(private.triton_helpers, "set_driver_to_gpu", lambda: None):
+    with stub_device(), unittest.mock.patch.object(private.triton_helpers, "set_driver_to_gpu", return_value=None):
         with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False, encoding="utf-8") as file:
-            file.write(source)  # Triton reads a function's source from its file, now and when it compiles
+            file.write(source)  # Triton reads a function's source from its file when the function is made
         spec = importlib.util.spec_from_file_location(name, file.name)
         assert spec is not None
         assert spec.loader is not None
@@ -73,9 +72,7 @@ def of_inductor(name: str, source: str) -> Specialised:
         config = tuned.configs[0]
         meta = tuned._create_compile_meta(config)
     Path(file.name).unlink()
-    return Specialised(
-        tuned.fn, meta["signature"], meta["constants"], meta["configs"][0], meta["num_warps"], meta["num_stages"]
-    )
+    return Specialised(tuned.fn, meta["signature"], meta["constants"], meta["configs"][0], meta["num_warps"], meta["num_stages"])
 
 
 def _of_binary(binary: bytes) -> Resources:

@@ -9,7 +9,7 @@ import contextlib
 import types
 import unittest.mock
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -57,7 +57,7 @@ def stub_device() -> Iterator[None]:
             for name, value in _cuda_functions().items():
                 stack.enter_context(unittest.mock.patch.object(torch.cuda, name, value))
             null = unittest.mock.patch.object(
-                private.compile_fx, "get_cuda_device_context", lambda *_, **__: contextlib.nullcontext()
+                private.compile_fx, "get_cuda_device_context", return_value=contextlib.nullcontext()
             )
             stack.enter_context(null)
             yield
@@ -127,7 +127,7 @@ def _interface(base: type) -> type:
         def __init__(self, _: Any) -> None:
             pass
 
-        def __enter__(self) -> Device:
+        def __enter__(self) -> Self:
             return self
 
         def __exit__(self, *_: object) -> None:
