@@ -9,12 +9,17 @@ transformer" (arXiv 2002.05202).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 aten = torch.ops.aten
-ACTIVATIONS = {"silu": (F.silu, aten.silu_backward), "gelu": (F.gelu, aten.gelu_backward)}
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "silu": (F.silu, aten.silu_backward),
+    "gelu": (F.gelu, aten.gelu_backward),
+}
 """The activation and its backward, by name."""
 
 

@@ -6,6 +6,7 @@ import torch
 
 from lowmem_compile.kernels.group_codes import codec_named
 from lowmem_compile.kernels.group_codes import encode_triton as kernel
+from lowmem_compile.kernels.group_codes.op import allocate
 
 
 def encode_far_rows(bits: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -13,7 +14,7 @@ def encode_far_rows(bits: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     codec, near = codec_named(f"int{bits}"), torch.randn(3, 64).to(torch.bfloat16)
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((3, 64), (2**30, 1))
     far.copy_(near)
-    parts = kernel.allocate(codec, near)
+    parts = allocate(codec, near)
     runs, length, group = codec.layout(64)
     *codes, scales = parts
     given = kernel.constants(codec, 64)

@@ -99,7 +99,7 @@ def generate(
     from lowmem_compile.backend import lowmem
 
     generated = Generated(model)
-    inner = functools.partial(_inner, generated.codes, worker)
+    inner: Any = functools.partial(_inner, generated.codes, worker)
 
     def call_backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
         with inductor_config.patch(compile_threads=1, force_disable_caches=True):

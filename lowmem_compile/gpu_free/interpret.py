@@ -35,8 +35,9 @@ Record = tuple[str, int, int, int, int]
 RECORDS: list[Record] = []
 """Name, bytes read, written (distinct), loaded, stored (all), one a launch since the last answer."""
 
-LARGEST_BLOCK = {"X": 16384, "Y": 256, "Z": 64, "R": 256}
-"""Elements a block, by the first letter of the dimension: the interpreter's limit is 2²⁰ elements a tensor."""
+LARGEST_BLOCK = {"X": 4096, "Y": 256, "Z": 64, "R": 256}
+"""Elements a block, by the first letter of the dimension. Inductor leaves a mask out where every block it allows (X: up to 4096)
+divides the size: a larger one would write beyond the end."""
 
 LIBDEVICE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,11 @@ def test_gated_codes(worker: Worker, codec: str, name: str) -> None:
 def test_each_byte_is_moved_once(worker: Worker) -> None:
     x = torch.randn(16, 1024).bfloat16()
     table, codec = step_table("gelu", "derivative", 2), codec_named("int4")
-    calls = {"encode": (GROUPS, x, codec), "steps": (STEPS, x, "gelu", table), "gated": (GATED, x, x.clone(), "silu", codec)}
+    calls: dict[str, tuple[Any, ...]] = {
+        "encode": (GROUPS, x, codec),
+        "steps": (STEPS, x, "gelu", table),
+        "gated": (GATED, x, x.clone(), "silu", codec),
+    }
     for name, call in calls.items():
         worker.launches.clear()
         made = worker.call(*call)
