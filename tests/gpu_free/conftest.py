@@ -1,4 +1,4 @@
-"""One interpreting process for all tests here; without triton they are skipped."""
+"""One interpreting process for all tests here. What needs triton is skipped without it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import pytest
 
 from lowmem_compile.gpu_free.worker import Worker
 
-pytest.importorskip("triton", reason="the extra `dev` installs triton where it has wheels")
+
+@pytest.fixture(scope="session")
+def _triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Skip without triton; with it, what it compiles is kept for this run alone."""
+    pytest.importorskip("triton", reason="no triton: the extra `dev` installs it on Linux x86-64 alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 @pytest.fixture(scope="session")
-def worker() -> Iterator[Worker]:
+def worker(_triton: None) -> Iterator[Worker]:
     with Worker() as started:
         yield started
