@@ -71,7 +71,7 @@ def operations() -> dict[str, Operation]:
     made["LayerNorm, x̂ in bf16"] = Operation(lambda x: _norm(x, True), (x,))
     made["RMSNorm, x̂ in bf16"] = Operation(lambda x: _norm(x, False), (x,))
     made["LayerNorm backward from x̂"] = Operation(_norm_backward, (g, *_norm(x, True)))
-    made["LayerNorm with affine, x̂ in bf16"] = Operation(_affine, (x, weight, weight))
+    made["LayerNorm with affine, x̂ in bf16"] = Operation(_affine, (x, weight, torch.randn(WIDTH)))
     return made
 
 

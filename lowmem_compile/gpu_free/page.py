@@ -186,7 +186,8 @@ them are the system's).
 """
 OPERATIONS = """\
 On bfloat16 [64, 1024]. *Least* is the size of all inputs and outputs. *Moved* counts each distinct byte that a kernel loads or
-stores once a kernel; *asked for* counts every load. Where Inductor moves the least there is no kernel of ours.
+stores once a kernel; *asked for* counts every load. Where Inductor moves the least ours is not listed, if
+there is one.
 """
 MODELS = """\
 Two hand-written layers of width 128 and a linear behind them, batch 2 × 32, in bfloat16: one training step. Kernels are
