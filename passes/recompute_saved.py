@@ -4,8 +4,9 @@
     after    backward: q = x̂ Wᵀ + b, where q is first read
 
 Runs only where ``options["memory_budget"]`` is given and the planner (:mod:`lowmem_compile.planner.plan`) chose it. The
-operations repeated lie between the tensor and the nearest graph inputs and saved tensors (:mod:`lowmem_compile.rematerialise`); inputs that
-the backward graph did not have, weights as a rule, are handed to it, which takes no memory.
+operations repeated lie between the tensor and the nearest graph inputs and saved tensors
+(:mod:`lowmem_compile.rematerialise`); inputs that the backward graph did not have, weights as a rule, are handed to it, which
+takes no memory.
 
 Bytes saved: those of the tensor. Time: the operations repeated.
 Numerics class: EXACT; where it reads a tensor that is kept as codes, it inherits that tensor's error.

@@ -185,8 +185,8 @@ class Planner:
         assert budget.peak is not None
         reached = min(least.peak, lowest if lowest is not None else least.peak)
         raise BudgetError(
-            f"options['memory_budget'] asks for a peak of {_mib(budget.peak)}; the lowest this graph can reach is {_mib(reached)} "
-            f"(Inductor: {_mib(room)}), beyond parameters, buffers, inputs and optimizer state. "
+            f"options['memory_budget'] asks for a peak of {_mib(budget.peak)}; the lowest this graph can reach is "
+            f"{_mib(reached)} (Inductor: {_mib(room)}), beyond parameters, buffers, inputs and optimizer state. "
             "Ask for more, or take a smaller batch."
         )
 
