@@ -105,7 +105,8 @@ class EncodeSaved:
         if crossing.encoded is root and not all(repeatable(view_chain(n)) for n in crossing.saved):
             return Decline("LM203", "the backward pass reads views whose sizes are computed in the graph")
         placeholder_of = ctx.facts["placeholder_of"]
-        if all(becomes_gradient(placeholder_of[n]) for n in crossing.saved):
+        planned = plan is not None or ctx.facts.get("planning", False)
+        if not planned and all(becomes_gradient(placeholder_of[n]) for n in crossing.saved):
             return Decline("LM215", "the backward pass hands it on as a gradient")
         worst = next((u for u in crossing.uses if u.kind == "amplified"), None)
         if worst is not None:

@@ -5,6 +5,7 @@ independent, so squares add: E² = Σ s²e². Without a measurement s² is a pri
 
     ordinary        Σ s² = 4      (MiniLM, SmolLM2, ViT: int8 in all of them, e = 0.6 %, gives E = 1.2 to 1.4 %)
     query, key      Σ s² = 40     (from 4 in MiniLM to 130 in DINOv2, whose scores are large)
+    gradient        s² = 1        (of a weight, computed with the loss: its error is the gradient's)
 
 e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own.
 
@@ -28,6 +29,7 @@ from lowmem_compile.passes.recompute_saved import crossing_nodes
 from lowmem_compile.planner.program import Op, Program, program_of
 from lowmem_compile.rematerialise import Recipe, recipe_of
 from lowmem_compile.saved import Partition
+from lowmem_compile.sensitivity import becomes_gradient
 
 LADDER: tuple[CodecName, ...] = ("int10", "int8", "int6", "int5", "int4")
 ORDINARY, SCORED = 4.0, 40.0
@@ -36,6 +38,10 @@ BALANCE = {"cpu": 30.0, "cuda": 300.0}
 """Operations a device does in the time it moves a byte."""
 EFFORT = {"int10": 3.0, "int8": 0.5, "int6": 3.0, "int5": 4.0, "int4": 1.0, "bf16": 0.0}
 """Extra time of encode and decode, in bytes moved per byte of the tensor."""
+
+
+COPY = 20.0
+"""Extra time charged for a gradient in codes: decoded it is as large again, so that it raises the peak and is the last resort."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Item:
     """Roots of saved tensors that its recipe reads: they have to be kept if it is computed again."""
     recipe: Recipe | None = None
     kind: str = "ordinary"
-    """``"ordinary"``, ``"score"`` (query or key), or ``"exact"`` where a rule forbids codes."""
+    """``"ordinary"``, ``"score"`` (query or key), ``"gradient"`` (of a weight, made with the loss), or ``"exact"``."""
 
     def choice(self, name: str) -> Choice:
         """The choice of that name."""
@@ -83,16 +89,17 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program) -> list[Item]:
     encode = EncodeSaved()
     crossing = crossing_nodes(ctx)
     matches = {m.node: m for m in encode.find(graph, ctx)}
-    kinds = {root: _kind(matches.get(root)) for root in crossing}
-    counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in ("ordinary", "score")}
+    kinds = {root: _kind(matches.get(root), ctx) for root in crossing}
+    counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in ("ordinary", "score", "gradient")}
     ops = {op.name: op for op in program.forward}
     balance = BALANCE.get(ctx.device, BALANCE["cpu"])
     items = []
     for root, saved in crossing.items():
         choices = [Choice("exact", nbytes(root))]
         if kinds[root] != "exact":
-            weight = (SCORED / counts["score"]) if kinds[root] == "score" else (ORDINARY / counts["ordinary"])
-            choices += _codes(encode, matches[root], ctx, weight, nbytes(root))
+            sums = {"ordinary": ORDINARY, "score": SCORED, "gradient": counts["gradient"]}
+            weight = sums[kinds[root]] / counts[kinds[root]]
+            choices += _codes(encode, matches[root], ctx, weight, nbytes(root), COPY if kinds[root] == "gradient" else 0.0)
         recipe = recipe_of(root, saved, crossing)
         if isinstance(recipe, Recipe) and numel(root) >= 64:
             choices.append(Choice("recompute", 0, 0.0, _time(recipe, ops, balance)))
@@ -103,24 +110,26 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program) -> list[Item]:
     return items
 
 
-def _kind(match: Match | None) -> str:
+def _kind(match: Match | None, ctx: Context) -> str:
     if match is None:
         return "exact"
+    if all(becomes_gradient(ctx.facts["placeholder_of"][n]) for n in match.info.saved):
+        return "gradient"
     return "score" if any(u.kind == "score" for u in match.info.uses) else "ordinary"
 
 
-def _codes(encode: EncodeSaved, match: Match, ctx: Context, weight: float, exact: int) -> list[Choice]:
+def _codes(encode: EncodeSaved, match: Match, ctx: Context, weight: float, exact: int, extra: float) -> list[Choice]:
     if ctx.options.codec == "none":
         return []
     found = []
     for name in LADDER:
-        trial = replace(ctx, options=replace(ctx.options, codec=name, memory_budget=None), facts={**ctx.facts, "plan": None})
+        trial = replace(ctx, options=replace(ctx.options, codec=name, memory_budget=None), facts={**ctx.facts, "planning": True})
         if encode.check(match, trial) is not None:
             continue
         codec = codec_of(trial, match.info)
         size = code_bytes(match, codec)
         if size < exact:
-            found.append(Choice(name, size, weight * codec.error**2, EFFORT[name] * exact))
+            found.append(Choice(name, size, weight * codec.error**2, (EFFORT[name] + extra) * exact))
     return found
 
 

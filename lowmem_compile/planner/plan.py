@@ -7,7 +7,8 @@ An integer linear programme with a few hundred binary variables, solved by HiGHS
 not always a lower peak, so plans for smaller and smaller caps are simulated (:mod:`lowmem_compile.planner.timeline`):
 
 - a share B of Inductor's bytes: the plan of the largest cap ≤ B whose simulated peak is not above that of any larger cap (3 %,
-  less than the simulation's error, count as nothing), so that the peak is monotone in the budget;
+  less than the simulation's error, count as nothing), so that the peak is monotone in the budget; where there is none, the plan
+  that loses least, a higher peak weighed in;
 - a peak in bytes: the plan of the largest cap whose simulated peak is below it.
 """
 
@@ -54,6 +55,10 @@ class Plan:
     error: float
     time: float
     peak: int
+
+    def worse(self, lowest: int) -> float:
+        """What is minimised, plus a penalty for a peak above ``lowest``: 1 for every 2.5 %."""
+        return self.error**2 / ERROR**2 + self.time / TIME + 40 * max(0.0, self.peak / (SLACK * max(lowest, 1)) - 1)
 
     def decision(self, root: str) -> str:
         """What is done with a tensor; one the plan does not know stays exact."""
@@ -164,14 +169,13 @@ class Planner:
             plan = self.solve(cap)
             if plan is None:
                 break
-            if budget.peak is not None:
-                if plan.peak <= budget.peak:
-                    return plan
-            elif cap <= wanted and (lowest is None or plan.peak <= SLACK * lowest):
+            if budget.peak is not None and plan.peak <= budget.peak:
                 return plan
-            elif cap <= wanted and (best is None or plan.peak < best.peak):
-                best = plan
             lowest = plan.peak if lowest is None else min(lowest, plan.peak)
+            if budget.share is not None and cap <= wanted:
+                if plan.peak <= SLACK * lowest:
+                    return plan
+                best = plan if best is None or plan.worse(lowest) < best.worse(lowest) else best
         if best is not None:
             return best
         least = self.solve(0, least=True)
