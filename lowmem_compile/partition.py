@@ -198,7 +198,8 @@ def after_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) ->
 
 
 def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> None:
-    """Run the passes over the tensors that cross from forward to backward."""
+    """Run the passes over the backward graph, then those over the tensors that cross from forward to backward."""
+    run_stage(Stage.BACKWARD, partition.backward, ctx, recorder)
     saved = partition.saved_nodes()
     inputs = placeholders(partition.backward.graph)
     by_name = {n.name: n for n in inputs if not is_tangent(n)}
