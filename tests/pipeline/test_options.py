@@ -156,10 +156,11 @@ def test_the_order_of_the_passes() -> None:
         "chunk_loss",
         "norm_from_output",
         "approximate_activation",
+        "embedding_gradient",
         "pack_masks",
         "encode_saved",
     ]
-    order = ["dynamo", "joint", "saved"]
+    order = ["dynamo", "joint", "backward", "saved"]
     stages = [order.index(p.stage.value) for p in PASSES]
     assert stages == sorted(stages)
 
