@@ -23,6 +23,8 @@ class Stage(enum.Enum):
     """torch IR, parameters are inputs, before AOTAutograd."""
     JOINT = "joint"
     """ATen forward + backward graph, before the partition."""
+    BACKWARD = "backward"
+    """The backward graph after the partition: what is alive at once in it, not what crosses into it."""
     SAVED = "saved"
     """The forward and backward graph after the partition."""
 

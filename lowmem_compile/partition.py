@@ -134,7 +134,9 @@ def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | 
     stock = (count() or {}).get("inductor", inductor) if count is not None else inductor
     if stock.saved_bytes() < SMALLEST_GRAPH:
         return None
-    planner = Planner(partition, saved_context(partition, ctx))
+    trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
+    run_stage(Stage.BACKWARD, trial.backward, ctx, None)
+    planner = Planner(trial, saved_context(trial, ctx))
     plan = planner.meet(budget_of(ctx.options.memory_budget), stock.saved_bytes(), peak(simulate(stock)))
     log.info("plan: %s", plan)
     return plan
@@ -221,7 +223,8 @@ def after_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) ->
 
 
 def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> None:
-    """Run the passes over the tensors that cross from forward to backward."""
+    """Run the passes over the backward graph, then those over the tensors that cross from forward to backward."""
+    run_stage(Stage.BACKWARD, partition.backward, ctx, recorder)
     run_stage(Stage.SAVED, partition.forward, saved_context(partition, ctx), recorder)
     partition.forward.recompile()
     partition.backward.recompile()

@@ -19,6 +19,7 @@ from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
+from lowmem_compile.passes.embedding_gradient import EmbeddingGradient
 from lowmem_compile.passes.encode_saved import EncodeSaved
 from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
 from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
@@ -39,13 +40,19 @@ PASSES: tuple[Pass, ...] = (
     ChunkLoss(),
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
+    EmbeddingGradient(),
     RecomputeSaved(),  # before the codecs: what it reads may be kept as codes
     PackMasks(),
     EncodeSaved(),
 )
 
 
-SUBSYSTEM = {Stage.DYNAMO: "pre_grad_passes", Stage.JOINT: "joint_graph_passes", Stage.SAVED: "joint_graph_passes"}
+SUBSYSTEM = {
+    Stage.DYNAMO: "pre_grad_passes",
+    Stage.JOINT: "joint_graph_passes",
+    Stage.BACKWARD: "joint_graph_passes",
+    Stage.SAVED: "joint_graph_passes",
+}
 """What Inductor's bisector calls the stage."""
 
 

@@ -121,7 +121,7 @@ def use_of(placeholder: fx.Node) -> Use:
 
 
 def becomes_gradient(placeholder: fx.Node) -> bool:
-    """Whether the backward graph only scales, casts or adds the tensor on its way to one of its results.
+    """Whether the backward graph only scales, casts or adds to the tensor, or to rows of it, on its way to one of its results.
 
     Such a tensor is a gradient already (of a weight, computed with the loss): it is as large at the end of the backward pass, so
     that keeping it in codes in between adds a copy and frees nothing.
@@ -129,16 +129,23 @@ def becomes_gradient(placeholder: fx.Node) -> bool:
     ops = op_types()
     seen, work = {placeholder}, [placeholder]
     while work:
-        for user in work.pop().users:
-            if user.op == "output" or user in seen:
+        node = work.pop()
+        grown = any(_adds_rows(u, node) for u in node.users)
+        for user in node.users:
+            if user.op == "output" or user in seen or (grown and user.target == aten._unsafe_index.Tensor):
                 continue
-            if user.target not in VIEW_OPS and not ops.is_fusible(user):
+            if user.target not in VIEW_OPS and not ops.is_fusible(user) and not _adds_rows(user, node):
                 return False
             if numel(user) < numel(placeholder):
                 return False
             seen.add(user)
             work.append(user)
     return len(seen) > 1
+
+
+def _adds_rows(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` is ``node`` with some rows replaced, which the embedding_gradient pass makes of a sum."""
+    return user.target == aten._unsafe_index_put.default and user.args[0] is node
 
 
 def _read(user: fx.Node, node: fx.Node) -> Use:

@@ -148,7 +148,7 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM306": Reason(
         "What would be kept instead is larger",
-        "In place of the value the rewrite keeps or makes others (gradients of the head, a scaled weight), and for "
+        "In place of the value the rewrite keeps or makes others (gradients of the head, a scaled weight, a sum), and for "
         "these shapes they take more bytes.",
         "",
     ),
@@ -161,6 +161,11 @@ REASONS: Final[Mapping[str, Reason]] = {
     "LM308": Reason(
         "The scale is frozen",
         "Without a gradient of the scale, the output of the linear layer is not kept for it.",
+        "",
+    ),
+    "LM309": Reason(
+        "No wider copy to avoid",
+        "The gradient is summed in the dtype of the weight and is not added to another, so nothing besides it is made.",
         "",
     ),
     "LM900": Reason(
@@ -210,6 +215,12 @@ REWRITES: Final[Mapping[str, Reason]] = {
     "encode_saved": Reason(
         "Kept as integer codes",
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
+        "",
+    ),
+    "embedding_gradient": Reason(
+        "Embedding gradient summed over the rows that occur",
+        "The float32 sum has a row for each index of the batch in place of one for each entry of the vocabulary, or the rows are "
+        "added to another gradient in place.",
         "",
     ),
     "pack_masks": Reason(

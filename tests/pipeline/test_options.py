@@ -157,11 +157,12 @@ def test_the_order_of_the_passes() -> None:
         "chunk_loss",
         "norm_from_output",
         "approximate_activation",
+        "embedding_gradient",
         "recompute_saved",
         "pack_masks",
         "encode_saved",
     ]
-    order = ["dynamo", "joint", "saved"]
+    order = ["dynamo", "joint", "backward", "saved"]
     stages = [order.index(p.stage.value) for p in PASSES]
     assert stages == sorted(stages)
 
