@@ -31,10 +31,9 @@ from lowmem_compile.kernels.normalize import normalize_backward_reference, norma
 from lowmem_compile.passes.approximate_activation import ACTIVATIONS
 from lowmem_compile.pipeline import Recorder, run_stage
 from lowmem_compile.planner.budget import budget_of
-from lowmem_compile.planner.choices import with_codecs
+from lowmem_compile.planner.coarse import coarse_peak
 from lowmem_compile.planner.plan import SMALLEST_GRAPH, Plan, Planner
-from lowmem_compile.planner.program import Program, program_of
-from lowmem_compile.planner.timeline import peak, simulate, timeline
+from lowmem_compile.planner.timeline import peak, simulate
 from lowmem_compile.recompute import choose_saved
 from lowmem_compile.saved import Partition
 
@@ -143,10 +142,10 @@ def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | 
 
 
 def choose(partitions: Mapping[str, Partition], ctx: Context) -> str:
-    """The candidate with the fewest saved bytes among those whose simulated peak, as encoded, is not above Inductor's."""
+    """The candidate with the fewest saved bytes among those whose coarse peak is not above Inductor's."""
     allowed = [n for n in partitions if n != "one_flag" or ctx.options.recompute == "pointwise"]
-    ceiling = peak(simulate(partitions["inductor"]))
-    lower = [n for n in allowed if n == "inductor" or peak(timeline(expected(partitions[n], ctx))) <= ceiling]
+    ceiling = coarse_peak(partitions["inductor"])
+    lower = [n for n in allowed if n == "inductor" or coarse_peak(partitions[n]) <= ceiling]
     return min(lower, key=lambda name: partitions[name].saved_bytes())
 
 
@@ -228,13 +227,6 @@ def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> N
     run_stage(Stage.SAVED, partition.forward, saved_context(partition, ctx), recorder)
     partition.forward.recompile()
     partition.backward.recompile()
-
-
-def expected(partition: Partition, ctx: Context) -> Program:
-    """The partition as the codecs will leave it when there is no plan."""
-    if "encode_saved" in ctx.options.disable:
-        return program_of(partition)
-    return with_codecs(partition, saved_context(partition, replace(ctx, facts={**ctx.facts, "plan": None})))
 
 
 def saved_context(partition: Partition, ctx: Context) -> Context:

@@ -26,9 +26,8 @@ from lowmem_compile.kernels.group_codes import Codec
 from lowmem_compile.options import CodecName
 from lowmem_compile.passes.encode_saved import EncodeSaved, codec_of, rows_and_width
 from lowmem_compile.passes.recompute_saved import crossing_nodes
-from lowmem_compile.planner.program import Op, Program, program_of
+from lowmem_compile.planner.program import Op, Program
 from lowmem_compile.rematerialise import Recipe, recipe_of
-from lowmem_compile.saved import Partition
 from lowmem_compile.sensitivity import becomes_gradient
 
 LADDER: tuple[CodecName, ...] = ("int10", "int8", "int6", "int5", "int4")
@@ -139,16 +138,6 @@ def code_bytes(match: Match, codec: Codec) -> int:
     if isinstance(width, int):
         return codec.nbytes(concrete(rows), width)
     return concrete(rows) * (concrete(width) * codec.bits // 8 + 2)
-
-
-def with_codecs(partition: Partition, ctx: Context) -> Program:
-    """A partition as the codec pass will leave it without a plan."""
-    program, encode = program_of(partition), EncodeSaved()
-    for match in encode.find(partition.forward.graph, ctx):
-        crossing = next((c for c in program.crossings if c.root == match.node.name), None)
-        if crossing is not None and encode.check(match, ctx) is None:
-            program = program.encoded(crossing, code_bytes(match, codec_of(ctx, match.info)))
-    return program
 
 
 def _time(recipe: Recipe, ops: Mapping[str, Op], balance: float) -> float:
