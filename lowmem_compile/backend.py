@@ -38,6 +38,11 @@ from lowmem_compile.saved import Partition
 log = logging.getLogger(__name__)
 
 
+OWN_CONFIG: Mapping[str, Any] = {"reorder_for_peak_memory": False}
+"""Inductor's reordering takes the best of a few greedy orders by its own estimate of the peak. With decoded tensors in the graph
+these put the decoding of all layers at the start of the backward pass (MiniLM, LoRA q,v: 101 MB against 66 MB in graph order)."""
+
+
 def lowmem(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -59,7 +64,7 @@ def lowmem(
         OptionError: unknown or ill-typed option, unknown mode; before anything is traced.
     """
     settings = Options.from_dict(options)
-    patches = {**_mode_patches(mode), **settings.inductor}
+    patches = {**OWN_CONFIG, **_mode_patches(mode), **settings.inductor}
     entry = register(gm, example_inputs, settings, identity(settings))
     recorder = entry.recorder
     device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
