@@ -196,7 +196,10 @@ def _op(node: fx.Node) -> Op | None:
         return None
     reads = tuple(dict.fromkeys(storage_root(i).name for i in node.all_input_nodes if tensor_of(i) is not None or has_parts(i)))
     if node.target is operator.getitem:
-        return None if value is None else Op(node.name, "", "part", reads, nbytes(node), numel(node), _dtype(value))
+        source = node
+        while source.target is operator.getitem:
+            source = source.all_input_nodes[0]
+        return None if value is None else Op(node.name, "", "part", (source.name,), nbytes(node), numel(node), _dtype(value))
     role = _role(node) if value is not None or has_parts(node) else "nothing"
     return Op(
         node.name,
@@ -227,7 +230,11 @@ def _dtype(value: torch.Tensor | None) -> str:
 def has_parts(node: fx.Node) -> bool:
     """Whether an operation returns several tensors."""
     value = node.meta.get("val")
-    return isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value)
+    return isinstance(value, (tuple, list)) and any(map(_holds_tensor, value))
+
+
+def _holds_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
 
 
 def _base(node: fx.Node) -> str:

@@ -212,6 +212,12 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "The last linear layer and the loss run over a part of the batch at a time, so the logits are never whole and not kept.",
         "",
     ),
+    "recompute_saved": Reason(
+        "Computed again in the backward pass",
+        "The plan for options['memory_budget'] gives the tensor up; the operations that make it, matrix products included, are "
+        "repeated where the backward pass first reads it.",
+        "",
+    ),
     "encode_saved": Reason(
         "Kept as integer codes",
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
