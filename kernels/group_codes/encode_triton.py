@@ -3,9 +3,10 @@
 Inductor needs a kernel for the scales and one for each plane, for a byte holds codes of several runs: below 8 bits x is read
 two or three times.
 
-Shapes: a program takes T groups at once, at the same place of each of the R runs of a row: a tile [T, R, G], G the group's
-size rounded up to a power of two. Numerics class: the bits of ``Codec.encode``; products and sums must not be contracted
-(:data:`OPTIONS`).
+Shapes: a program takes T groups at once, at the same place of each of the R runs of a row: R tiles [T, G], G the group's size
+rounded up to a power of two. Bytes are put together in registers: one tile [T, R, G], reshaped to bytes, went through shared
+memory and was 3 to 10 times slower on an H100. Numerics class: the bits of ``Codec.encode``; products and sums must not be
+contracted (:data:`OPTIONS`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lowmem_compile.kernels.group_codes.op import allocate
 OPTIONS: Mapping[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 """With a fused multiply-add, x·(1/s) would be rounded once with the rounding to an integer, and ties would differ."""
 TILE = 1024
-"""Elements a program."""
+"""Elements a program takes of each run."""
 ROUNDER = 1.5 * 2**23
 """v + ROUNDER − ROUNDER is v rounded to an integer, half to even, for |v| < 2²²."""
 
@@ -36,41 +37,36 @@ def round_even(v, ROUNDER: tl.constexpr):  # noqa: D103
 
 @triton.jit
 def store_plane(
-    code,  # int32 [T, R, G], of W bits
+    codes,  # RUNS of int32 [T, G]
     plane,
     inside,
     row,
     inner,
     LENGTH,
     W: tl.constexpr,
+    LEFT: tl.constexpr,
     RUNS: tl.constexpr,
-    T: tl.constexpr,
-    G: tl.constexpr,
 ):
-    """Write a plane of a tile: run k of the codes lies in bits W·(k div B) and up of byte run k mod B, B = R·W/8."""
-    shift = tl.arange(0, 8 // W)[None, :, None, None] * W
-    packed = tl.sum(tl.reshape(code, [T, 8 // W, RUNS * W // 8, G]) << shift, axis=1)
-    byte_run = tl.arange(0, RUNS * W // 8)[None, :, None]
-    tl.store(plane + (row * (RUNS * W // 8) + byte_run) * LENGTH + inner, packed.to(tl.uint8), mask=inside)
+    """Write W bits of each code, from bit LEFT: run k into bits W·(k div B) and up of byte run k mod B, B = R·W/8."""
+    for byte_run in tl.static_range(RUNS * W // 8):
+        packed = (codes[byte_run] >> LEFT) & ((1 << W) - 1)
+        for k in tl.static_range(1, 8 // W):
+            packed |= ((codes[byte_run + k * (RUNS * W // 8)] >> LEFT) & ((1 << W) - 1)) << (W * k)
+        tl.store(plane + (row * (RUNS * W // 8) + byte_run) * LENGTH + inner, packed.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def encode_tile(
-    x,  # float32 [T, R, G], zeros where there is no element
-    valid,  # bool [T, 1, 1]: the group exists
-    row,  # int64 [T, 1, 1]
-    place,  # int64 [T, 1, 1]: the group's place in its run
-    planes_0,
-    planes_1,
-    planes_2,
+def encode_run(
+    x,  # float32 [T, G], zeros where there is no element
+    run: tl.constexpr,
+    valid,  # bool [T, 1]: the group exists
+    row,  # int64 [T, 1]
+    place,  # int64 [T, 1]: the group's place in its run
     scales,
     seed,
     LENGTH,
-    BITS: tl.constexpr,
-    WIDTHS: tl.constexpr,
     RUNS: tl.constexpr,
     GROUP: tl.constexpr,
-    T: tl.constexpr,
     G: tl.constexpr,
     LARGEST: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -79,12 +75,11 @@ def encode_tile(
     KEEP_ZERO: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """Write the codes and scales of a tile."""
-    run = tl.arange(0, RUNS)[None, :, None]
-    lane = tl.arange(0, G)[None, None, :]
+    """Write the scales of a run's groups; its codes, float32 [T, G]."""
+    lane = tl.arange(0, G)[None, :]
     groups = LENGTH // GROUP
     # The bits of nonnegative floats are ordered as the floats are, and those of NaN lie above infinity's.
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2, keep_dims=True)
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
     scale = (bits.to(tl.float32, bitcast=True) * FACTOR).to(tl.bfloat16)
     wide = scale.to(tl.float32)
     usable = (wide >= SMALLEST) & (wide < float("inf"))
@@ -94,7 +89,7 @@ def encode_tile(
     value = x * inverse
     if STOCHASTIC:
         position = (row * RUNS + run) * LENGTH + place * GROUP + lane
-        zero = tl.zeros([T, RUNS, G], tl.uint32)
+        zero = position.to(tl.uint32) * 0
         low = (position & 0xFFFFFFFF).to(tl.uint32)
         high = (position >> 32).to(tl.uint32)
         word, _a, _b, _c = tl.philox(tl.load(seed), low, high, zero, zero)
@@ -105,19 +100,36 @@ def encode_tile(
     if KEEP_ZERO:
         sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
         code = tl.where(code == 0, sign, code)
-    code = tl.where(usable, code, 0.0)
-    inside = valid & (lane < GROUP)
+    return tl.where(usable, code, 0.0)
+
+
+@triton.jit
+def store_codes(
+    codes,  # RUNS of float32 [T, G]
+    inside,  # bool [T, G]
+    row,
+    inner,  # int64 [T, G]: places in a run
+    planes_0,
+    planes_1,
+    planes_2,
+    LENGTH,
+    BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    RUNS: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """Write the planes of a tile."""
     if BITS == 8:
-        tl.store(planes_0 + row * LENGTH + place * GROUP + lane, code.to(tl.int8), mask=inside)
+        tl.store(planes_0 + row * LENGTH + inner, codes[0].to(tl.int8), mask=inside)
     else:
-        rest = (code + LARGEST).to(tl.int32)
-        left = BITS
-        for index in tl.static_range(len(WIDTHS)):
-            left -= WIDTHS[index]
-            top = rest >> left
-            rest = rest - (top << left)
-            plane = planes_0 if index == 0 else (planes_1 if index == 1 else planes_2)
-            store_plane(top, plane, inside, row, place * GROUP + lane, LENGTH, WIDTHS[index], RUNS, T, G)
+        whole = ()
+        for run in tl.static_range(RUNS):
+            whole = whole + ((codes[run] + LARGEST).to(tl.int32),)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
+        store_plane(whole, planes_0, inside, row, inner, LENGTH, WIDTHS[0], BITS - WIDTHS[0], RUNS)
+        if len(WIDTHS) > 1:
+            store_plane(whole, planes_1, inside, row, inner, LENGTH, WIDTHS[1], BITS - WIDTHS[0] - WIDTHS[1], RUNS)
+        if len(WIDTHS) > 2:
+            store_plane(whole, planes_2, inside, row, inner, LENGTH, WIDTHS[2], 0, RUNS)
 
 
 @triton.jit
@@ -149,39 +161,24 @@ def encode_kernel(
 ) -> None:
     """T groups of each run of x[rows, width]."""
     groups = LENGTH // GROUP
-    which = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None, None]
+    which = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None]
     row = which // groups
     place = which % groups
-    run = tl.arange(0, RUNS)[None, :, None]
-    inner = place * GROUP + tl.arange(0, G)[None, None, :]
-    column = run * run_width + inner
+    lane = tl.arange(0, G)[None, :]
+    inner = place * GROUP + lane
     valid = row < rows
-    here = valid & (tl.arange(0, G)[None, None, :] < GROUP) & (inner < run_width) & (column < width)
-    value = tl.load(x + row * row_stride + column * stride, mask=here, other=0.0).to(tl.float32)
-    encode_tile(
-        value,
-        valid,
-        row,
-        place,
-        planes_0,
-        planes_1,
-        planes_2,
-        scales,
-        seed,
-        LENGTH,
-        BITS,
-        WIDTHS,
-        RUNS,
-        GROUP,
-        T,
-        G,
-        LARGEST,
-        FACTOR,
-        SMALLEST,
-        ROUNDER,
-        KEEP_ZERO,
-        STOCHASTIC,
-    )
+    inside = valid & (lane < GROUP)
+    codes = ()
+    # fmt: off
+    for run in tl.static_range(RUNS):
+        column = inner + run * run_width
+        here = inside & (inner < run_width) & (column < width)
+        value = tl.load(x + row * row_stride + column * stride, mask=here, other=0.0).to(tl.float32)
+        code = encode_run(value, run, valid, row, place, scales, seed, LENGTH, RUNS, GROUP, G,
+                          LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+        codes = codes + (code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
+    # fmt: on
+    store_codes(codes, inside, row, inner, planes_0, planes_1, planes_2, LENGTH, BITS, WIDTHS, RUNS, LARGEST)
 
 
 def constants(codec: Codec, width: int) -> dict[str, Any]:
@@ -194,7 +191,7 @@ def constants(codec: Codec, width: int) -> dict[str, Any]:
         "WIDTHS": planes(codec.bits),
         "RUNS": runs,
         "GROUP": group,
-        "T": max(TILE // (runs * power), 1),
+        "T": max(TILE // power, 1),
         "G": power,
         "LARGEST": float(codec.largest),
         "FACTOR": up / codec.largest,

@@ -19,8 +19,8 @@ from lowmem_compile.kernels.group_codes import codec_named
 HEAD = """\
 # Kernels without a GPU
 
-Written by `make kernels`. Nothing here was run on a GPU, and nothing here is a time: code is generated and compiled for GPUs
-that are not there, and run by Triton's interpreter on CPU tensors, which counts every byte.
+Written by `make kernels`; what was measured on a GPU is in [gpu.md](gpu.md). Nothing on this page is a time: code is generated
+and compiled for GPUs that are not there, and run by Triton's interpreter on CPU tensors, which counts every byte.
 
 **Our kernels are not used by the pipeline yet.** `lowmem::encode_groups`, `lowmem::step_activation` and `lowmem::gated_codes`
 are emitted by no pass: `torch.compile(model, backend="lowmem")` runs kernels that Inductor generated. The first two tables
