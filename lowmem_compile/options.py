@@ -45,8 +45,9 @@ class Options:
         fold_norm_affine: fold a norm's affine into the linears that read it: ``"auto"`` only where it lowers the
             saved bytes, ``"always"`` wherever it is legal, ``"never"``.
         chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
-        codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; queries and keys of a
-            fused attention exact), ``"none"``, ``"bf16"``, or ``"int10"`` to ``"int3"``, group-wise codes of so many bits.
+        codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; ``"int10"`` for queries
+            and keys of a fused attention), ``"none"``,
+            ``"bf16"``, or ``"int10"`` to ``"int3"``, group-wise codes of so many bits.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).
         memory_budget: what may be kept for the backward pass: a share of the bytes Inductor would save (``0.3``), or a peak

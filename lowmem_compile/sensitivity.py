@@ -8,7 +8,7 @@ products with other tensors). Where they end in
 - any other comparison or rounding: a small error flips the result;
 
 the error is amplified. A query or a key of a fused attention is read through the exponential of their product: an error of
-relative size e becomes one of e·|score|, so they stay exact unless a codec is asked for by name. Products of the tensor with
+relative size e becomes one of e·|score|, so they take ten bits unless a codec is asked for by name. Products of the tensor with
 itself, sigmoid, tanh, erf and matrix products bound or average it.
 """
 

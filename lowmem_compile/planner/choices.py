@@ -9,8 +9,9 @@ independent, so squares add: E² = Σ s²e². Without a measurement s² is a pri
 
 e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own.
 
-Time model. Bytes that a memory-bound kernel would move: a codec's arithmetic as a multiple of the tensor's bytes (measured on a
-CPU), a recipe's matrix products at ``BALANCE`` operations a byte, its other operations at what they read and write.
+Time model. Bytes that a memory-bound kernel would move: a codec's arithmetic as a multiple of the tensor's bytes (rough, from
+encode and decode on one CPU),
+a recipe's matrix products at ``BALANCE`` operations a byte, its other operations at what they read and write.
 """
 
 from __future__ import annotations

@@ -78,12 +78,6 @@ class Planner:
         self.items = items_of(partition.forward.graph, ctx, self.program)
         self.step = max(step_time(self.program, BALANCE.get(ctx.device, BALANCE["cpu"])), 1.0)
 
-    def least(self) -> int:
-        """The fewest bytes that any choice keeps."""
-        plan = self.solve(0, least=True)
-        assert plan is not None
-        return plan.nbytes
-
     def solve(self, cap: int, *, least: bool = False) -> Plan | None:
         """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none.
 
@@ -201,7 +195,7 @@ def _recomputed(program: Program, item: Item) -> Program:
     names = {s.name: next(c.inputs[0] for c in program.crossings if c.root == s.name) for s in item.recipe.sources}
     have = {op.name for op in program.backward}
     inputs = {i.name: i.name for i in item.recipe.inputs}
-    extra = [replace(op) for op in program.forward if op.name in inputs and op.name not in have]
+    extra = [op for op in program.forward if op.name in inputs and op.name not in have]
     chain = chain_of(item.recipe, program)
     known = {**names, **inputs, **{op.name: op.name for op in chain}}
     chain = [replace(op, reads=tuple(r for r in op.reads if r in known)) for op in chain]
