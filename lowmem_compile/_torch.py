@@ -35,7 +35,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
@@ -66,6 +66,7 @@ __all__ = [
     "select_decomp_table",
     "solve_min_cut",
     "trace_structured",
+    "unset_fake_temporarily",
 ]
 
 

@@ -74,12 +74,17 @@ def lowmem(
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
         entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches, ambient_autocast(device))
     gm.recompile()
-    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry)
+    partitioner = Partitioner(settings, device, entry, example_inputs if settings.calibrate else ())
+    patches["custom_partitioner_fn"] = partitioner
     more: dict[str, Any] = {}
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more)
+    try:
+        table = decompositions(settings)
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=table, **more)
+    finally:
+        partitioner.inputs = ()
     return cast("Callable[..., Any]", compiled)
 
 
@@ -133,10 +138,14 @@ def count_baseline(
 
 
 class Partitioner(CustomPartitionerFn):
-    """Inductor's partitioner hook. Holds no graph; its uuid covers everything that can change the result."""
+    """Inductor's partitioner hook. Holds no graph; its uuid covers everything that can change the result.
 
-    def __init__(self, options: Options, device: str, entry: Any) -> None:
-        self.options, self.device, self.entry = options, device, entry
+    ``inputs`` are the tensors of the call that compiles, for ``options["calibrate"]``, and only as long as it compiles. What they
+    are is not part of the uuid: a compile that the cache answers keeps the measurement it was made with.
+    """
+
+    def __init__(self, options: Options, device: str, entry: Any, inputs: Sequence[Any] = ()) -> None:
+        self.options, self.device, self.entry, self.inputs = options, device, entry, inputs
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
@@ -147,7 +156,8 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        ctx = Context(options=self.options, device=self.device, facts={"baseline": self.entry.baseline_partitions})
+        facts = {"baseline": self.entry.baseline_partitions, "example_inputs": self.inputs}
+        ctx = Context(options=self.options, device=self.device, facts=facts)
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
         return candidates.compiled.forward, candidates.compiled.backward

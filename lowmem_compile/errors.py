@@ -15,6 +15,10 @@ class BudgetError(LowMemError, ValueError):
     """No plan meets ``options["memory_budget"]``; the message says what the minimum is."""
 
 
+class CalibrationError(LowMemError, RuntimeError):
+    """``options["calibrate"]`` could not run the graph on the call's inputs; the message says why."""
+
+
 class PassError(LowMemError, RuntimeError):
     """A pass failed while ``strict=True``; the message names the pass."""
 

@@ -54,6 +54,9 @@ class Options:
             such as ``"6GiB"`` of forward and backward beyond parameters, buffers, inputs and optimizer state. Codec,
             recomputation or exact is then chosen for each tensor (:mod:`lowmem_compile.planner.plan`). ``None`` (default):
             ``codec`` for all.
+        calibrate: measure on the batch of the first call how much an error in each saved tensor changes the gradient
+            (:mod:`lowmem_compile.planner.calibrate`), in place of a prior. With ``memory_budget`` the plan uses it; without, a
+            tensor takes 8 bits, 10 bits or stays exact so that no parameter's gradient has a cosine below 0.9999 for it.
         keep_exact: module paths, or whole parts of them (``"layer.0"``); what such modules save is not encoded.
         disable: names of passes not to run.
         strict: raise when a pass fails, instead of compiling without it.
@@ -74,6 +77,7 @@ class Options:
     codec_group: int = 64
     rounding: Rounding = "nearest"
     memory_budget: float | str | None = None
+    calibrate: bool = False
     keep_exact: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     strict: bool = False
@@ -94,6 +98,12 @@ class Options:
             raise OptionError(
                 f"options['memory_budget'] chooses a codec for each tensor; options['codec'] = {self.codec!r} names one for all. "
                 "Leave one of them out ('none' is allowed: recomputation alone)."
+            )
+        if self.calibrate and (self.codec != "auto" or self.gradients == "exact"):
+            named = "gradients" if self.gradients == "exact" else "codec"
+            raise OptionError(
+                f"options['calibrate'] measures where codes do no harm; options[{named!r}] = {getattr(self, named)!r} leaves "
+                "nothing to choose. Leave one of them out."
             )
         if self.disable:
             from lowmem_compile.pipeline import pass_names

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +27,14 @@ from lowmem_compile._torch import (
     select_decomp_table,
 )
 from lowmem_compile.contract import Context, Rewrite, Stage
+from lowmem_compile.errors import CalibrationError
 from lowmem_compile.graph import copy_module, decompose, is_tangent, placeholders, storage_root
 from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
 from lowmem_compile.passes.approximate_activation import ACTIVATIONS
 from lowmem_compile.pipeline import Recorder, run_stage
 from lowmem_compile.planner.budget import budget_of
+from lowmem_compile.planner.calibrate import Measured, measure
+from lowmem_compile.planner.choices import LADDER, encodable
 from lowmem_compile.planner.coarse import coarse_peak
 from lowmem_compile.planner.plan import SMALLEST_GRAPH, Plan, Planner
 from lowmem_compile.planner.timeline import peak, simulate
@@ -122,12 +126,13 @@ def partition_joint(
 
 
 def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | None:
-    """The plan for ``options["memory_budget"]``, or ``None`` without one.
+    """The plan for ``options["memory_budget"]`` or ``options["calibrate"]``, or ``None`` without them.
 
     Raises:
-        BudgetError: no plan meets it.
+        BudgetError: no plan meets the budget.
+        CalibrationError: the graph could not be measured, and ``options["strict"]`` is set.
     """
-    if ctx.options.memory_budget is None:
+    if ctx.options.memory_budget is None and not ctx.options.calibrate:
         return None
     count = ctx.facts.get("baseline")
     stock = (count() or {}).get("inductor", inductor) if count is not None else inductor
@@ -135,10 +140,33 @@ def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | 
         return None
     trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
     run_stage(Stage.BACKWARD, trial.backward, ctx, None)
-    planner = Planner(trial, saved_context(trial, ctx))
+    context = saved_context(trial, ctx)
+    measured = calibrated(trial, context) if ctx.options.calibrate else {}
+    planner = Planner(trial, context, measured)
+    if ctx.options.memory_budget is None:
+        return planner.careful() if measured else None
     plan = planner.meet(budget_of(ctx.options.memory_budget), stock.saved_bytes(), peak(simulate(stock)))
     log.info("plan: %s", plan)
     return plan
+
+
+def calibrated(partition: Partition, ctx: Context) -> dict[str, Measured]:
+    """What one batch shows of each tensor that crosses; nothing, and a warning, where that cannot be measured.
+
+    Raises:
+        CalibrationError: it cannot be measured, and ``options["strict"]`` is set.
+    """
+    matches = encodable(partition.forward.graph, ctx)
+    partition.forward.recompile()
+    partition.backward.recompile()
+    try:
+        return measure(partition, ctx, ctx.facts["example_inputs"], matches, LADDER)
+    except CalibrationError as error:
+        message = f"options['calibrate']: not measured, {error}. The prior error model is used (docs/planner.md)."
+        if ctx.options.strict:
+            raise CalibrationError(message) from error
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return {}
 
 
 def choose(partitions: Mapping[str, Partition], ctx: Context) -> str:

@@ -88,7 +88,8 @@ class EncodeSaved:
         value = tensor_value(crossing.encoded)
         outputs = {storage_root(n) for n in ctx.facts["user_outputs"]}
         plan = ctx.facts.get("plan")
-        if plan is not None and plan.decision(root.name) == "exact":
+        for_budget: bool = plan is not None and plan.for_budget
+        if plan is not None and for_budget and plan.decision(root.name) == "exact":
             return Decline("LM216", "the plan for options['memory_budget'] keeps it exact")
         if root in outputs:
             return Decline("LM302", "the tensor is an output of the graph, which is kept alive anyway")
@@ -105,19 +106,16 @@ class EncodeSaved:
         if crossing.encoded is root and not all(repeatable(view_chain(n)) for n in crossing.saved):
             return Decline("LM203", "the backward pass reads views whose sizes are computed in the graph")
         placeholder_of = ctx.facts["placeholder_of"]
-        planned = plan is not None or ctx.facts.get("planning", False)
+        planned = for_budget or ctx.facts.get("planning", False)
         if not planned and all(becomes_gradient(placeholder_of[n]) for n in crossing.saved):
             return Decline("LM215", "the backward pass hands it on as a gradient")
         worst = next((u for u in crossing.uses if u.kind == "amplified"), None)
         if worst is not None:
             return Decline("LM212", f"the backward pass reads it through {worst.through}")
-        codec = codec_of(ctx, crossing)
-        rows, width = rows_and_width(value, codec.group)
-        if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
-            return Decline("LM306", f"as {codec.name} it would take no fewer bytes")
-        if not isinstance(width, int) and codec.bits not in (8, 16):
-            return Decline("LM203", "codes of other than 8 bits need a last dimension of static size")
-        return None
+        if plan is not None and root.name in plan.measured and plan.decision(root.name) == "exact":
+            cosine = plan.measured[root.name].cosine("int10")
+            return Decline("LM221", f"measured: in ten bits a gradient's cosine is {cosine:.5f}")
+        return _useless(codec_of(ctx, crossing), value)
 
     def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
         crossing: Crossing = match.info
@@ -125,10 +123,8 @@ class EncodeSaved:
         value = tensor_value(node)
         placeholder_of = ctx.facts["placeholder_of"]
         codec = codec_of(ctx, crossing)
-        order, tail = memory_order(value), row_dims(value, codec.group)
-        back = [order.index(i) for i in range(len(order))]
-        dtype, rows = value.dtype, [value.shape[d] for d in order]
-        width = math.prod(rows[-tail:])
+        encode, decode = coder(codec, value)
+        dtype = value.dtype
         traces: Traces = ctx.facts.setdefault("traces", {})
         key = (codec, tuple(sizes(value)), tuple(value.stride()), dtype)
         alike = key if all(isinstance(n, int) for n in (*key[1], *key[2])) else None
@@ -137,7 +133,7 @@ class EncodeSaved:
             ("encode", alike),
             graph,
             behind(node),
-            lambda x: codec.encode(merge(x.permute(order), tail)),
+            encode,
             [node],
             like=node,
         )
@@ -149,13 +145,6 @@ class EncodeSaved:
         made = exchange(graph, ctx, holder, parts)
         for other in others:
             exchange(graph, ctx, other, [])
-        dynamic = not isinstance(width, int)
-
-        def decode(*given: torch.Tensor) -> torch.Tensor:
-            last = given[0].shape[-1] if dynamic else width
-            x = codec.decode(given, last, dtype)
-            return (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
-
         backward: fx.Graph = ctx.facts["backward"]
         for saved in crossing.saved:
             old = placeholder_of[saved]
@@ -182,6 +171,36 @@ class EncodeSaved:
         return elements * value.element_size() - elements / last * row
 
 
+def _useless(codec: Codec, value: torch.Tensor) -> Decline | None:
+    rows, width = rows_and_width(value, codec.group)
+    if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
+        return Decline("LM306", f"as {codec.name} it would take no fewer bytes")
+    if not isinstance(width, int) and codec.bits not in (8, 16):
+        return Decline("LM203", "codes of other than 8 bits need a last dimension of static size")
+    return None
+
+
+def coder(
+    codec: Codec, value: torch.Tensor
+) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]:
+    """Encode and decode for tensors of the shape, strides and dtype of ``value``; rows lie along what is dense in memory."""
+    order, tail = memory_order(value), row_dims(value, codec.group)
+    back = [order.index(i) for i in range(len(order))]
+    dtype, rows = value.dtype, [value.shape[d] for d in order]
+    width = math.prod(rows[-tail:])
+    dynamic = not isinstance(width, int)
+
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return codec.encode(merge(x.permute(order), tail))
+
+    def decode(*given: torch.Tensor) -> torch.Tensor:
+        last = given[0].shape[-1] if dynamic else width
+        x = codec.decode(given, last, dtype)
+        return (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
+
+    return encode, decode
+
+
 def spliced(
     traces: Traces,
     key: tuple[str, Any],
@@ -204,9 +223,8 @@ def codec_of(ctx: Context, crossing: Crossing) -> Codec:
     """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
     scored = any(u.kind == "score" for u in crossing.uses)
     plan = ctx.facts.get("plan")
-    if plan is not None:
-        chosen = plan.decision(storage_root(crossing.encoded).name)
-    else:
+    chosen = "exact" if plan is None else plan.decision(storage_root(crossing.encoded).name)
+    if chosen == "exact":
         chosen = ("int10" if scored else "int8") if ctx.options.codec == "auto" else ctx.options.codec
     keep_zero = any(u.kind == "compared with zero" for u in crossing.uses)
     return codec_named(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +16,7 @@ from lowmem_compile import registry
 from lowmem_compile.autocast import autocast_dtypes
 from lowmem_compile.backend import lowmem
 from lowmem_compile.contract import Context, Pass, Rewrite
-from lowmem_compile.kernels.linear_cross_entropy import op as loss_op
+from lowmem_compile.kernels.linear_cross_entropy.op import plain_kernel
 from lowmem_compile.options import Options
 from lowmem_compile.partition import Candidates
 from lowmem_compile.pipeline import Recorder, run_pass
@@ -43,7 +42,7 @@ class Graphs:
     candidates: list[Candidates] = field(default_factory=list)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with eager_chunks():
+        with plain_kernel():
             return self.call(*args, **kwargs)
 
     @property
@@ -100,13 +99,6 @@ def compile_graphs(model: Callable[..., Any], *, dynamic: bool | None = None, **
     backend.reset = registry.reset  # type: ignore[attr-defined]
     graphs = Graphs(torch.compile(model, backend=backend, dynamic=dynamic))
     return graphs
-
-
-@contextlib.contextmanager
-def eager_chunks() -> Iterator[None]:
-    """Run the fused kernel of the chunked loss as plain PyTorch."""
-    with patch.object(loss_op, "_fused", lambda: loss_op.chunk_gradient):
-        yield
 
 
 def dynamo_graph(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> tuple[fx.GraphModule, list[Any]]:

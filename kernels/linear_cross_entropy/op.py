@@ -10,7 +10,9 @@ Source: the chunking follows the observation of Cut Cross-Entropy (arXiv 2411.09
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +53,20 @@ def _fused() -> Any:
     return torch.compile(chunk_gradient, dynamic=True)
 
 
+_plain = False
+
+
+@contextlib.contextmanager
+def plain_kernel() -> Iterator[None]:
+    """Run the chunk's kernel as plain PyTorch: where another compile is under way, and in tests of graphs."""
+    global _plain  # noqa: PLW0603
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
 @torch.library.custom_op("lowmem::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(
     h: torch.Tensor,
@@ -72,7 +88,7 @@ def linear_cross_entropy(
     grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
     grad_w = weight.new_zeros(weight.shape) if want_weight else weight.new_empty(0)
     grad_b = torch.zeros(vocabulary, dtype=h.dtype, device=h.device) if want_weight and bias is not None else h.new_empty(0)
-    gradient = chunk_gradient if torch.compiler.is_compiling() else _fused()
+    gradient = chunk_gradient if _plain or torch.compiler.is_compiling() else _fused()
     with torch.no_grad():
         for start in range(0, rows, step):
             part = h[start : start + step]

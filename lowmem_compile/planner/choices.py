@@ -8,6 +8,7 @@ independent, so squares add: E² = Σ s²e². Without a measurement s² is a pri
     gradient        s² = 1        (of a weight, computed with the loss: its error is the gradient's)
 
 e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own.
+With ``options["calibrate"]`` s and e are measured (:mod:`lowmem_compile.planner.calibrate`).
 
 Time model. Bytes that a memory-bound kernel would move: a codec's arithmetic as a multiple of the tensor's bytes (rough, from
 encode and decode on one CPU),
@@ -27,6 +28,7 @@ from lowmem_compile.kernels.group_codes import Codec
 from lowmem_compile.options import CodecName
 from lowmem_compile.passes.encode_saved import EncodeSaved, codec_of, rows_and_width
 from lowmem_compile.passes.recompute_saved import crossing_nodes
+from lowmem_compile.planner.calibrate import Measured
 from lowmem_compile.planner.program import Op, Program
 from lowmem_compile.rematerialise import Recipe, recipe_of
 from lowmem_compile.sensitivity import becomes_gradient
@@ -78,13 +80,14 @@ class Item:
         return next(c for c in self.choices if c.name == name)
 
 
-def items_of(graph: fx.Graph, ctx: Context, program: Program) -> list[Item]:
+def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[str, Measured] | None = None) -> list[Item]:
     """The choices for every tensor that crosses.
 
     Args:
         graph: the forward graph.
         ctx: context of the saved stage.
         program: the same partition, for the sizes of operations.
+        measured: of the tensors that could be encoded, by name, where they were measured.
     """
     encode = EncodeSaved()
     crossing = crossing_nodes(ctx)
@@ -99,7 +102,8 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program) -> list[Item]:
         if kinds[root] != "exact":
             sums = {"ordinary": ORDINARY, "score": SCORED, "gradient": counts["gradient"]}
             weight = sums[kinds[root]] / counts[kinds[root]]
-            choices += _codes(encode, matches[root], ctx, weight, nbytes(root), COPY if kinds[root] == "gradient" else 0.0)
+            extra = COPY if kinds[root] == "gradient" else 0.0
+            choices += _codes(encode, matches[root], ctx, weight, nbytes(root), extra, (measured or {}).get(root.name))
         recipe = recipe_of(root, saved, crossing)
         if isinstance(recipe, Recipe) and numel(root) >= 64:
             choices.append(Choice("recompute", 0, 0.0, _time(recipe, ops, balance)))
@@ -118,18 +122,28 @@ def _kind(match: Match | None, ctx: Context) -> str:
     return "score" if any(u.kind == "score" for u in match.info.uses) else "ordinary"
 
 
-def _codes(encode: EncodeSaved, match: Match, ctx: Context, weight: float, exact: int, extra: float) -> list[Choice]:
+def encodable(graph: fx.Graph, ctx: Context) -> list[Match]:
+    """The matches of ``encode_saved`` for which some codec serves, gradients of weights left out."""
+    encode, trial = EncodeSaved(), replace(ctx, options=replace(ctx.options, codec="int8", memory_budget=None, calibrate=False))
+    return [m for m in encode.find(graph, trial) if encode.check(m, trial) is None]
+
+
+def _codes(
+    encode: EncodeSaved, match: Match, ctx: Context, weight: float, exact: int, extra: float, measured: Measured | None
+) -> list[Choice]:
     if ctx.options.codec == "none":
         return []
     found = []
     for name in LADDER:
-        trial = replace(ctx, options=replace(ctx.options, codec=name, memory_budget=None), facts={**ctx.facts, "planning": True})
+        options = replace(ctx.options, codec=name, memory_budget=None, calibrate=False)
+        trial = replace(ctx, options=options, facts={**ctx.facts, "planning": True})
         if encode.check(match, trial) is not None:
             continue
         codec = codec_of(trial, match.info)
         size = code_bytes(match, codec)
         if size < exact:
-            found.append(Choice(name, size, weight * codec.error**2, (EFFORT[name] + extra) * exact))
+            error2 = weight * codec.error**2 if measured is None else measured.error(name) ** 2
+            found.append(Choice(name, size, error2, (EFFORT[name] + extra) * exact))
     return found
 
 

@@ -15,14 +15,15 @@ not always a lower peak, so plans for smaller and smaller caps are simulated (:m
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lowmem_compile.contract import Context
 from lowmem_compile.errors import BudgetError
 from lowmem_compile.planner.budget import Budget
+from lowmem_compile.planner.calibrate import Measured
 from lowmem_compile.planner.choices import BALANCE, Item, chain_of, items_of, step_time
 from lowmem_compile.planner.program import Op, Program, program_of
 from lowmem_compile.planner.timeline import peak, timeline
@@ -30,6 +31,8 @@ from lowmem_compile.saved import Partition
 
 ERROR, TIME = 0.03, 0.05
 """A relative gradient error of 3 % (cosine 0.99955) weighs as much as 5 % of the step time."""
+COSINE = 0.9999
+"""What the calibrated default grants each tensor."""
 RUNGS = (1.0, 0.8, 0.65, 0.55, 0.48, 0.42, 0.37, 0.33, 0.29, 0.26, 0.23, 0.2, 0.17, 0.14, 0.12, 0.1, 0.08, 0.06, 0.04, 0.02)
 """Caps that are tried, as shares of what Inductor saves."""
 SLACK = 1.03
@@ -48,6 +51,8 @@ class Plan:
         error: estimated relative error of the gradient.
         time: estimated extra time as a share of the step.
         peak: simulated peak in bytes.
+        measured: what a calibration found, by the same names.
+        for_budget: made for ``options["memory_budget"]``; otherwise the calibrated default (:meth:`Planner.careful`).
     """
 
     decisions: dict[str, str]
@@ -55,6 +60,8 @@ class Plan:
     error: float
     time: float
     peak: int
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    for_budget: bool = True
 
     def worse(self, lowest: int) -> float:
         """What is minimised, plus a penalty for a peak above ``lowest``: 1 for every 2.5 %."""
@@ -71,11 +78,13 @@ class Planner:
     Args:
         partition: forward and backward graph, before the saved stage.
         ctx: context of the saved stage.
+        measured: what a calibration found.
     """
 
-    def __init__(self, partition: Partition, ctx: Context) -> None:
+    def __init__(self, partition: Partition, ctx: Context, measured: Mapping[str, Measured] | None = None) -> None:
         self.program = program_of(partition)
-        self.items = items_of(partition.forward.graph, ctx, self.program)
+        self.measured = dict(measured or {})
+        self.items = items_of(partition.forward.graph, ctx, self.program, self.measured)
         self.step = max(step_time(self.program, BALANCE.get(ctx.device, BALANCE["cpu"])), 1.0)
 
     def solve(self, cap: int, *, least: bool = False) -> Plan | None:
@@ -128,7 +137,22 @@ class Planner:
             float(sum(c.error2 for c in chosen) ** 0.5),
             sum(c.cost for c in chosen) / self.step,
             peak(timeline(self.applied(decisions))),
+            self.measured,
         )
+
+    def careful(self, cosine: float = COSINE) -> Plan:
+        """Without a budget: for each measured tensor the first of 8 bits, 10 bits and exact that keeps every gradient.
+
+        Args:
+            cosine: the least cosine of a parameter's gradient with its exact one, for each tensor alone.
+        """
+        decisions = {}
+        for item in self.items:
+            found = self.measured.get(item.root)
+            have = [name for name in ("int8", "int10") if any(c.name == name for c in item.choices)]
+            harmless = [name for name in have if found is not None and found.cosine(name) >= cosine]
+            decisions[item.root] = harmless[0] if harmless else "exact"
+        return replace(self._plan(decisions), for_budget=False)
 
     def applied(self, decisions: dict[str, str]) -> Program:
         """The program as the saved stage will make it."""

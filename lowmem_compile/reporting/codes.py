@@ -116,6 +116,12 @@ REASONS: Final[Mapping[str, Reason]] = {
         "The plan for options['memory_budget'] meets the budget at less error and time with this tensor as it is.",
         "Ask for a smaller budget.",
     ),
+    "LM221": Reason(
+        "Measured: codes would do harm",
+        "options['calibrate'] measured that with ten bits for this tensor the gradient of some parameter has a cosine "
+        "below 0.9999.",
+        "Give a memory_budget: it weighs the error against the bytes.",
+    ),
     "LM300": Reason(
         "No fewer bytes in the end",
         "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",

@@ -338,7 +338,8 @@ def test_a_tied_weight_in_bfloat16() -> None:
 def loss_of(model: nn.Module, x: Tensor, disable: list[str]) -> Callable[[], Tensor]:
     """The compiled model's loss, without the passes of these names."""
     torch.compiler.reset()
-    call = torch.compile(model, backend="lowmem", options={"strict": True, "report": False, "disable": disable})
+    options: dict[str, Any] = {"strict": True, "report": False, "disable": disable}
+    call = torch.compile(model, backend="lowmem", options=options)
 
     def forward() -> Tensor:
         loss: Tensor = call(x).float().square().sum()

@@ -30,6 +30,7 @@ OTHER: Mapping[str, Any] = {
     "codec_group": 32,
     "rounding": "stochastic",
     "memory_budget": 0.5,
+    "calibrate": True,
     "keep_exact": ["lm_head"],
     "disable": ["pack_masks"],
     "strict": True,
