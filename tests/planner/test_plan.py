@@ -140,3 +140,25 @@ def test_dynamic_sizes() -> None:
     for rows in (8, 12):
         got, want = run(graphs, model, [tokens(rows)], mark=0), run_double(model, [tokens(rows)])
         assert_same(got, want, 0.05)
+
+
+class Patches(nn.Module):
+    """A patch embedding before the layers, as in a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Conv2d(3, WIDTH, 4, 4), model_of()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(self.embed(x).flatten(2).transpose(1, 2))
+        return out
+
+
+def test_a_convolution_is_not_run_again() -> None:
+    """Its scratch memory is not known: recomputed at the end of the backward pass it can be the peak of the step."""
+    model, x = Patches(), torch.randn(8, 3, 32, 32)
+    graphs = compile_graphs(model, memory_budget=0.08, codec="auto", check="lint")
+    graphs(x).sum().backward()
+    assert graphs.rewritten("recompute_saved")
+    again = [n for n in graphs.chosen.backward.graph.nodes if n.target is torch.ops.aten.convolution.default]
+    assert not again
