@@ -12,9 +12,10 @@ then write equal rows. Where the gradient is only added to another one, head: bf
     after    dW = head; dW[i] = bf16(f32(head[i]) + total[slot])                            4·N·D + 2·N·D + 4·V
     float32  dW = head; dW[i] += rows                                                       nothing besides
 
-Inductor writes the last step into ``head``, which nothing reads afterwards. dW[v] = Σ rows[n] over i[n] = v, masked as before
-(padding index). The gradient is the exact one. Bytes at once, not bytes saved for backward: 4·(V − N)·D − 4·V fewer; of a sum
-4·V·D − 6·N·D − 4·V fewer, in float32 all 4·V·D.
+The last step of the first form is one operation (``kernels/scatter_rows``): what was read before is freed when the table is
+made. In the second, Inductor writes the last step into ``head``, which nothing reads afterwards. dW[v] = Σ rows[n] over
+i[n] = v, masked as before (padding index). The gradient is the exact one. Bytes at once, not bytes saved for backward:
+4·(V − N)·D − 4·V fewer; of a sum 4·V·D − 6·N·D − 4·V fewer, in float32 all 4·V·D.
 Not matched: sums over more than one index, sparse gradients. Declined where the sum takes more than it frees, and where the
 gradient is float32 by itself and is not added to another.
 Numerics class: REASSOCIATED (of a sum with another gradient, one rounding less).
@@ -43,6 +44,7 @@ from lowmem_compile.graph import (
     tensor_of,
     tensor_value,
 )
+from lowmem_compile.kernels.scatter_rows import scatter_rows
 
 aten = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
@@ -130,7 +132,7 @@ def sum_rows(
 ) -> torch.Tensor:
     """``zeros`` [V, D] plus the rows [..., D] at ``index`` [...], rounded once to ``dtype``."""
     at, sums = _sums(*_flat(mask, index, rows, zeros), zeros)
-    return _put(zeros.new_zeros(zeros.shape, dtype=dtype), at, sums.to(dtype))
+    return scatter_rows(sums.to(dtype), at, zeros.shape[0])
 
 
 def add_rows(
