@@ -209,6 +209,11 @@ def copy_dynamo_module(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
+def mark_source_unknown(node: fx.Node) -> None:
+    """Tell AOTAutograd that a placeholder we added to a Dynamo graph comes from nowhere in the user's program."""
+    node._dynamo_source = None  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def own_tracing_context(example_inputs: Sequence[Any]) -> Iterator[None]:
     """A tracing context of its own (some of its fields may be set only once a compile), with the caller's fake mode."""

@@ -25,6 +25,7 @@ from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
 from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
 from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
+from lowmem_compile.passes.projection_taps import ProjectionTaps
 from lowmem_compile.passes.recognise_activation import RecogniseActivation
 from lowmem_compile.passes.recognise_norm import RecogniseNorm
 from lowmem_compile.passes.recompute_saved import RecomputeSaved
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     FoldNormAffine(),  # reads the op that recognise_norm makes
     FoldLayerScale(),
     ChunkLoss(),
+    ProjectionTaps(),  # last of its stage: a head that the chunked loss takes is not tapped
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
     EmbeddingGradient(),

@@ -1,0 +1,149 @@
+"""One Dynamo graph, compiled once for each set of weights whose gradients are projected in it.
+
+Which weights these are is known only when the graph runs: Dynamo runs one graph for several modules of the same code, the optimizer
+may be built after the model is compiled, and a step that makes a new basis needs whole gradients. So the compiled callable looks
+up the optimizer of each weight it is handed, and picks or makes the variant for the answer:
+
+    (x, W1, b1, W2, b2)                    whole gradients
+    (x, W1, b1, W2, b2, A1, Z1, A2, Z2)    projected: a basis and a zero for each, behind the other inputs
+
+The lookup costs a few dictionary reads a weight. A variant is compiled when it is first met, from a copy of the graph and the fake
+inputs of Dynamo's own compile, so sizes that are dynamic there stay dynamic.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lowmem_compile._torch import copy_dynamo_module, detect_fake_mode, mark_source_unknown, own_tracing_context
+from lowmem_compile.graph import placeholders
+from lowmem_compile.optim.taps import Tap, tap_or_reason
+
+log = logging.getLogger(__name__)
+
+MOST_VARIANTS = 8
+"""Of one graph; further combinations of projected and whole gradients run with whole ones."""
+
+LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
+
+DISTRIBUTED = "DistributedDataParallel reduces the gradients of parameters, which have to be whole for it"
+
+
+@dataclass(frozen=True)
+class TapInput:
+    """What the pass is told of a weight: its extra inputs, or why it has none.
+
+    Attributes:
+        basis: name of the placeholder of A or L.
+        zero: name of the placeholder of Z.
+        left: the output side is projected.
+        reason: why the gradient is whole; then the names are empty.
+    """
+
+    basis: str = ""
+    zero: str = ""
+    left: bool = False
+    reason: str = ""
+
+
+Build = Callable[[fx.GraphModule, list[Any], Sequence[Any], Mapping[str, TapInput]], Callable[..., Any]]
+"""(graph, example inputs, the inputs of this call, what is known of the weights) → compiled callable."""
+
+
+def tapped_positions(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[int]:
+    """Positions of the parameters that a linear of the graph reads as its weight and that get a gradient."""
+    return [
+        position
+        for position, (node, value) in enumerate(zip(placeholders(gm.graph), example_inputs, strict=True))
+        if isinstance(value, torch.nn.Parameter)
+        and value.requires_grad
+        and any(u.op == "call_function" and u.target in LINEARS and u.args[1:2] == (node,) for u in node.users)
+    ]
+
+
+class Variants:
+    """The callable that stands for a training graph with linears; see the module docstring."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], positions: list[int], build: Build) -> None:
+        self.gm, self.positions, self.build = copy_dynamo_module(gm), positions, build
+        self.fakes = [n.meta.get("example_value", value) for n, value in zip(placeholders(gm.graph), example_inputs, strict=True)]
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        taps = self.taps(example_inputs)
+        self.compiled[_key(taps)] = self.compile(gm, list(example_inputs), example_inputs, taps)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the variant that this call needs."""
+        taps = self.taps(args)
+        compiled = self.compiled.get(_key(taps))
+        if compiled is None:
+            if len(self.compiled) >= MOST_VARIANTS:
+                log.warning("%d variants of one graph: further ones get whole gradients", len(self.compiled))
+                taps = dict.fromkeys(taps, f"the graph has {MOST_VARIANTS} other variants")
+            compiled = self.compiled.get(_key(taps))
+        if compiled is None:
+            with own_tracing_context(self.fakes):
+                compiled = self.compile(copy_dynamo_module(self.gm), list(self.fakes), args, taps)
+            self.compiled[_key(taps)] = compiled
+        return compiled(*args, *_extras(taps))
+
+    def taps(self, args: Sequence[Any]) -> dict[int, Tap | str]:
+        """What the optimizers say about the weights among these inputs."""
+        found = {i: tap for i in self.positions if (tap := tap_or_reason(args[i])) is not None}
+        if found and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+            return dict.fromkeys(found, DISTRIBUTED)
+        return found
+
+    def compile(
+        self, gm: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[int, Tap | str]
+    ) -> Callable[..., Any]:
+        """Compile the variant for these taps, with the extra inputs behind the others."""
+        nodes = placeholders(gm.graph)
+        known: dict[str, TapInput] = {}
+        mode = detect_fake_mode(self.fakes)
+        if any(isinstance(tap, Tap) for tap in taps.values()):
+            gm = copy_dynamo_module(gm)  # Dynamo reads the placeholders of its own graph again
+        last = placeholders(gm.graph)[-1]
+        for position, tap in taps.items():
+            name = nodes[position].name
+            if isinstance(tap, str):
+                known[name] = TapInput(reason=tap)
+                continue
+            names = []
+            for label, tensor in (("basis", tap.basis), ("zero", tap.zero)):
+                fake = mode.from_tensor(tensor, static_shapes=True)
+                with gm.graph.inserting_after(last):
+                    last = gm.graph.placeholder(f"lowmem_{label}_{position}")
+                last.meta["example_value"] = fake
+                mark_source_unknown(last)
+                inputs.append(fake)
+                names.append(last.name)
+            known[name] = TapInput(*names, left=tap.side == "left")
+        gm.recompile()
+        return self.build(gm, inputs, [*args, *_extras(taps)], known)
+
+
+def _key(taps: Mapping[int, Tap | str]) -> tuple[Any, ...]:
+    return tuple((i, t.side, tuple(t.zero.shape)) for i, t in taps.items() if isinstance(t, Tap))
+
+
+def _extras(taps: Mapping[int, Tap | str]) -> list[torch.Tensor]:
+    return [tensor for t in taps.values() if isinstance(t, Tap) for tensor in (t.basis, t.zero)]
+
+
+TAP = "lowmem.projection_tap.default"
+
+
+def remove_taps(graph: fx.Graph) -> None:
+    """Take the taps out of a joint graph: their forward is the identity. Bases are marked with their side."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and str(node.target) == TAP:
+            y, _, basis, _, left = node.args
+            basis.meta["lowmem_basis"] = "left" if left else "right"
+            node.replace_all_uses_with(y)
+            graph.erase_node(node)
