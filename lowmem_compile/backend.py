@@ -67,9 +67,7 @@ def lowmem(
     settings = Options.from_dict(options)
     patches = {**OWN_CONFIG, **_mode_patches(mode), **settings.inductor}
 
-    def build(
-        graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput]
-    ) -> Callable[..., Any]:
+    def build(graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput]) -> Callable[..., Any]:
         return compile_graph(graph, inputs, args, taps, settings, dict(patches), inner_compile)
 
     positions = tapped_positions(gm, example_inputs) if may_tap(settings) else []

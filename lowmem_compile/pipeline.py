@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import fx
 
 from lowmem_compile._torch import GraphTransformObserver, trace_structured, tracing_is_on
-from lowmem_compile.contract import Context, Decline, JointPass, Match, Pass, Rewrite, Stage
+from lowmem_compile.contract import Context, Decline, DescribingPass, JointPass, Match, Pass, Rewrite, Stage
 from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
@@ -214,11 +214,16 @@ def site_of(p: Pass, match: Match, ctx: Context, decline: Decline | None) -> Sit
         source=source_line(node),
         action="rewritten" if decline is None else "declined",
         code="LM100" if decline is None else decline.code,
-        reason="" if decline is None else decline.reason,
+        reason=describe_site(p, match, ctx) if decline is None else decline.reason,
         numerics=p.numerics.value,
         bytes_before=before,
         bytes_after=after,
     )
+
+
+def describe_site(p: Pass, match: Match, ctx: Context) -> str:
+    """What a pass says of a place that it rewrites; most say nothing."""
+    return p.describe(match, ctx) if isinstance(p, DescribingPass) else ""
 
 
 def site_bytes(p: Pass, match: Match, ctx: Context) -> tuple[int, int]:

@@ -1,14 +1,14 @@
 """One Dynamo graph, compiled once for each set of weights whose gradients are projected in it.
 
-Which weights these are is known only when the graph runs: Dynamo runs one graph for several modules of the same code, the optimizer
-may be built after the model is compiled, and a step that makes a new basis needs whole gradients. So the compiled callable looks
-up the optimizer of each weight it is handed, and picks or makes the variant for the answer:
+Which weights these are is known only when the graph runs: Dynamo runs one graph for several modules of the same code, the
+optimizer may be built after the model is compiled, and a step that makes a new basis needs whole gradients. So the compiled
+callable looks up the optimizer of each weight it is handed, and picks or makes the variant for the answer:
 
     (x, W1, b1, W2, b2)                    whole gradients
     (x, W1, b1, W2, b2, A1, Z1, A2, Z2)    projected: a basis and a zero for each, behind the other inputs
 
-The lookup costs a few dictionary reads a weight. A variant is compiled when it is first met, from a copy of the graph and the fake
-inputs of Dynamo's own compile, so sizes that are dynamic there stay dynamic.
+The lookup costs a few dictionary reads a weight. A variant is compiled when it is first met, from a copy of the graph and the
+fake inputs of Dynamo's own compile, so sizes that are dynamic there stay dynamic.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lowmem_compile._torch import copy_dynamo_module, detect_fake_mode, mark_source_unknown, own_tracing_context
+from lowmem_compile._torch import copy_dynamo_module, mark_source_unknown, own_tracing_context, static_fakes
 from lowmem_compile.graph import placeholders
-from lowmem_compile.optim.taps import Tap, tap_or_reason
+from lowmem_compile.optim.taps import Tap, state_bytes, tap_or_reason
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,21 @@ class TapInput:
         zero: name of the placeholder of Z.
         left: the output side is projected.
         reason: why the gradient is whole; then the names are empty.
+        state_bytes: what the optimizer keeps for the weight.
     """
 
     basis: str = ""
     zero: str = ""
     left: bool = False
     reason: str = ""
+    state_bytes: int = 0
+
+
+def is_tapped(linear: fx.Node, taps: Mapping[str, TapInput]) -> bool:
+    """Whether the gradient of a linear's weight is to be projected; folding something into the weight would need it whole."""
+    weight = linear.args[1] if len(linear.args) > 1 else None
+    tap = taps.get(weight.name) if isinstance(weight, fx.Node) else None
+    return tap is not None and not tap.reason
 
 
 Build = Callable[[fx.GraphModule, list[Any], Sequence[Any], Mapping[str, TapInput]], Callable[..., Any]]
@@ -105,7 +114,6 @@ class Variants:
         """Compile the variant for these taps, with the extra inputs behind the others."""
         nodes = placeholders(gm.graph)
         known: dict[str, TapInput] = {}
-        mode = detect_fake_mode(self.fakes)
         if any(isinstance(tap, Tap) for tap in taps.values()):
             gm = copy_dynamo_module(gm)  # Dynamo reads the placeholders of its own graph again
         last = placeholders(gm.graph)[-1]
@@ -114,16 +122,18 @@ class Variants:
             if isinstance(tap, str):
                 known[name] = TapInput(reason=tap)
                 continue
-            names = []
+            names: dict[str, str] = {}
             for label, tensor in (("basis", tap.basis), ("zero", tap.zero)):
-                fake = mode.from_tensor(tensor, static_shapes=True)
+                value, fake = static_fakes(tensor, self.fakes)
                 with gm.graph.inserting_after(last):
                     last = gm.graph.placeholder(f"lowmem_{label}_{position}")
-                last.meta["example_value"] = fake
+                last.meta["example_value"] = value
                 mark_source_unknown(last)
                 inputs.append(fake)
-                names.append(last.name)
-            known[name] = TapInput(*names, left=tap.side == "left")
+                names[label] = last.name
+            known[name] = TapInput(
+                names["basis"], names["zero"], left=tap.side == "left", state_bytes=state_bytes(args[position])
+            )
         gm.recompile()
         return self.build(gm, inputs, [*args, *_extras(taps)], known)
 

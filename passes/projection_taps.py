@@ -9,12 +9,12 @@ the bit, and so are the gradients of x and b. A [I, r] or L [O, r] and Z belong 
 (``lowmem_compile.optim``); Z takes 4 bytes, and its gradient becomes ``W.grad``, in projected form. A weight that several
 linears read (a module that is called more than once) has one Z, whose gradient is the sum.
 
-Bytes: the gradient takes r/I (right) or r/O (left) of W's; x is not needed for it on the right side, only x A [N, r]
-(``keep_projected_input`` decides what is kept).
+Bytes: the gradient takes r/I (right) or r/O (left) of W's; x is not needed for it on the right side, only x A [N, r],
+where that is smaller than what x is made from (the partition decides).
 
-Declined: the optimizer needs the whole gradient (LM217: a step that makes a basis, Fira, APOLLO), W is read by anything but linears
-(LM218: tied to an embedding, a chunked loss, inside a checkpoint), W is written in place or grad mode changes (LM214), no gradient
-(LM303). Weights that no optimizer of ``lowmem_compile.optim`` holds are not matched.
+Declined: the optimizer needs the whole gradient (LM217: a step that makes a basis, Fira, APOLLO); W is read by anything but
+linears (LM218: tied to an embedding, a chunked loss, inside a checkpoint) or written in place (LM214); no gradient (LM303).
+Weights that no optimizer of ``lowmem_compile.optim`` holds are not matched.
 Numerics class: REASSOCIATED. Source: the identities of CompAct (arXiv:2410.15352) and VeLoRA for x A; taps are this project's.
 """
 
@@ -29,8 +29,9 @@ from torch import fx
 
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.effects import is_written, name_of
-from lowmem_compile.graph import argument, emit, tensor_of
+from lowmem_compile.graph import argument, emit, tensor_of, tensor_value
 from lowmem_compile.kernels.projection_tap import projection_tap
+from lowmem_compile.reporting.units import format_bytes
 from lowmem_compile.tapping import TapInput
 
 LINEARS = (F.linear, torch._C._nn.linear)
@@ -95,19 +96,22 @@ class ProjectionTaps:
             with graph.inserting_after(linear):
                 arguments = (linear, x, weight.basis, weight.zero, weight.tap.left)
                 tap = emit(graph, projection_tap._opoverload, arguments, like=linear)
-            linear.replace_all_uses_with(tap, delete_user_cb=lambda user, tap=tap: user is not tap)
+            for user in [u for u in linear.users if u is not tap]:
+                user.replace_input_with(linear, tap)
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
-        """Nothing between forward and backward: what is saved is the gradient, see :func:`gradient_bytes`."""
+        """Nothing by itself: what crosses is for the partition to decide, and the gradient is not kept for the backward pass."""
         return sympy.Integer(0)
 
-
-def gradient_bytes(weight: Weight) -> tuple[int, int]:
-    """Bytes of the gradient, whole and projected."""
-    whole, low = tensor_of(weight.node), None if weight.zero is None else tensor_of(weight.zero)
-    if whole is None or low is None:
-        return 0, 0
-    return int(whole.numel()) * whole.element_size(), int(low.numel()) * low.element_size()
+    def describe(self, match: Match, ctx: Context) -> str:  # noqa: ARG002
+        """Side, rank and bytes."""
+        weight: Weight = match.info
+        assert weight.zero is not None
+        whole, low = tensor_value(weight.node), tensor_value(weight.zero)
+        side, rank = ("left", low.shape[0]) if weight.tap.left else ("right", low.shape[1])
+        before, after = (format_bytes(v.numel() * v.element_size()) for v in (whole, low))
+        state = f", state {format_bytes(weight.tap.state_bytes)}" if weight.tap.state_bytes else ""
+        return f"{side} side, rank {rank}: gradient {before} → {after}{state}"
 
 
 def _is_linear_of(node: fx.Node, weight: fx.Node) -> bool:

@@ -41,7 +41,7 @@ from lowmem_compile.optim.settings import (
     settle_rank,
     shared_indices,
 )
-from lowmem_compile.optim.slots import Slot, State, compute_dtype
+from lowmem_compile.optim.slots import Slot, State, compute_dtype, total_bytes
 from lowmem_compile.optim.taps import Tap, announce, make_tap
 from lowmem_compile.optim.units import Group, Move, Refresh, Unit, Work, units_of
 
@@ -229,6 +229,15 @@ class LowRankOptimizer(Optimizer):
             )
         return known[1]
 
+    def state_bytes(self, param: Tensor) -> int:
+        """Bytes kept for a parameter; the projector counts for the first of those that share it."""
+        group, unit = self._unit_of(param)
+        plan = None if isinstance(unit.plan, str) else unit.plan
+        held = total_bytes(self.slots(tuple(param.shape), param.dtype, group, plan))
+        if plan is not None and param is unit.params[0]:
+            held += total_bytes(self.factor_slots(plan, param.dtype, group))
+        return held
+
     def _forget(self) -> None:
         """Forget what was looked up: groups or state are other objects now."""
         self._taps: dict[Tensor, tuple[Tensor | None, Tap]] = {}
@@ -287,8 +296,8 @@ class LowRankOptimizer(Optimizer):
             )
         if generation != t // group["update_interval"]:
             raise GradientError(
-                f"the projected gradient of {name} is in a basis that a step has replaced since its forward pass ran; run forward "
-                "and backward pass between the same two steps."
+                f"the projected gradient of {name} is in a basis that a step has replaced since its forward pass ran; run "
+                "forward and backward pass between the same two steps."
             )
 
     def _step_unit(self, group: Group, unit: Unit) -> None:

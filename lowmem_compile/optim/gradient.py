@@ -15,7 +15,7 @@ up(R), the part of the gradient that lies in the basis.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -46,11 +46,9 @@ class ProjectedGradient(Tensor):
     full: Tensor | None
 
     @staticmethod
-    def __new__(  # noqa: D102
-        cls, low: Tensor, basis: Tensor, side: Side, generation: int, *, empty: bool = False
-    ) -> ProjectedGradient:
+    def __new__(cls, low: Tensor, basis: Tensor, side: Side, generation: int, *, empty: bool = False) -> Self:
         shape = (low.shape[0], basis.shape[0]) if side == "right" else (basis.shape[0], low.shape[1])
-        make: Callable[..., ProjectedGradient] = Tensor._make_wrapper_subclass
+        make: Callable[..., Self] = Tensor._make_wrapper_subclass
         self = make(cls, shape, dtype=low.dtype, device=low.device)
         self.low, self.basis, self.side, self.generation, self.empty, self.full = low, basis, side, generation, empty, None
         return self
@@ -102,17 +100,17 @@ class ProjectedGradient(Tensor):
             )
         return self.with_low(self.low + other.low)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ARG002
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ProjectedGradient(shape={tuple(self.shape)}, side={self.side!r}, low={self.low!r})"
 
     @classmethod
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = HANDLERS.get(func)
         if handler is None:
             raise GradientError(
-                f"{func} is not defined for a gradient that is kept projected: only sums, scaling, norms and GradScaler's check are. "
+                f"{func} is not defined for a gradient that is kept projected: sums, scaling, norms and GradScaler's check are. "
                 "Use grad.low for the projection, grad.whole() for its part of the full gradient, or compile with "
                 "options={'disable': ['projection_taps']} to get whole gradients."
             )
@@ -139,19 +137,26 @@ def _factor(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _add(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A sum of gradients of one parameter."""
     first, second = args[:2]
-    alpha = kwargs.get("alpha", 1)
     if not isinstance(second, Tensor) or first.shape != second.shape:
         raise GradientError(f"{func} of a projected gradient is defined with another gradient of its parameter alone.")
+    alpha = kwargs.get("alpha", 1)
     addend = second if alpha == 1 else second * alpha
-    total = first.plus(addend) if isinstance(first, ProjectedGradient) else addend.plus(first)
+    if not isinstance(first, ProjectedGradient):
+        if func is aten.add_.Tensor:
+            raise GradientError(
+                "a projected gradient cannot be added to a whole tensor in place: only the optimizer of lowmem_compile.optim "
+                "that holds the parameter can use it."
+            )
+        assert isinstance(addend, ProjectedGradient)
+        return addend.plus(first)
+    total = first.plus(addend)
     if func is not aten.add_.Tensor:
         return total
-    if not isinstance(first, ProjectedGradient):
-        raise GradientError("a projected gradient cannot be added to a whole one in place; use a + b.")
-    if not isinstance(total, ProjectedGradient):
-        first.full, first.empty = total, False
-        return first
-    first.low, first.basis, first.generation, first.empty, first.full = total.low, total.basis, total.generation, False, None
+    first.empty = False
+    if isinstance(total, ProjectedGradient):
+        first.low, first.basis, first.generation, first.full = total.low, total.basis, total.generation, None
+    else:
+        first.full = total
     return first
 
 
@@ -178,7 +183,9 @@ HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar), _factor),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar), _factor),
     **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor), _add),
-    **dict.fromkeys((aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default, aten.neg.default), _each),
+    **dict.fromkeys(
+        (aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default, aten.neg.default), _each
+    ),
     **dict.fromkeys((aten.linalg_vector_norm.default, aten.norm.Scalar), _norm),
     **dict.fromkeys((aten._amp_foreach_non_finite_check_and_unscale_.default, aten._foreach_norm.Scalar), _lists),
     **dict.fromkeys((aten._foreach_mul_.Scalar, aten._foreach_mul_.Tensor), _lists),

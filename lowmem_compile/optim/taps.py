@@ -83,3 +83,8 @@ def tap_or_reason(param: Tensor) -> Tap | str | None:
     if param.grad_fn is not None or not param.requires_grad:
         return "the parameter is frozen"
     return owners[0].tap(param)
+
+
+def state_bytes(param: Tensor) -> int:
+    """Bytes of state that the optimizer of a tapped parameter keeps for it."""
+    return owners_of(param)[0].state_bytes(param)
