@@ -117,33 +117,42 @@ class Variants:
         if any(isinstance(tap, Tap) for tap in taps.values()):
             gm = copy_dynamo_module(gm)  # Dynamo reads the placeholders of its own graph again
         last = placeholders(gm.graph)[-1]
-        for position, tap in taps.items():
-            name = nodes[position].name
-            if isinstance(tap, str):
-                known[name] = TapInput(reason=tap)
-                continue
-            names: dict[str, str] = {}
-            for label, tensor in (("basis", tap.basis), ("zero", tap.zero)):
+        added: dict[int, str] = {}
+
+        def add(label: str, tensor: torch.Tensor) -> str:
+            nonlocal last
+            if id(tensor) not in added:
                 value, fake = static_fakes(tensor, self.fakes)
                 with gm.graph.inserting_after(last):
-                    last = gm.graph.placeholder(f"lowmem_{label}_{position}")
+                    last = gm.graph.placeholder(f"lowmem_{label}_{len(added)}")
                 last.meta["example_value"] = value
                 mark_source_unknown(last)
                 inputs.append(fake)
-                names[label] = last.name
-            known[name] = TapInput(
-                names["basis"], names["zero"], left=tap.side == "left", state_bytes=state_bytes(args[position])
+                added[id(tensor)] = last.name
+            return added[id(tensor)]
+
+        for position, tap in taps.items():
+            known[nodes[position].name] = (
+                TapInput(reason=tap)
+                if isinstance(tap, str)
+                else TapInput(add("basis", tap.basis), add("zero", tap.zero), tap.side == "left", "", state_bytes(args[position]))
             )
         gm.recompile()
         return self.build(gm, inputs, [*args, *_extras(taps)], known)
 
 
 def _key(taps: Mapping[int, Tap | str]) -> tuple[Any, ...]:
-    return tuple((i, t.side, tuple(t.zero.shape)) for i, t in taps.items() if isinstance(t, Tap))
+    """What tells variants apart: which weights are tapped, side and rank, and who shares a basis."""
+    first: dict[int, int] = {}
+    return tuple(
+        (i, t.side, tuple(t.zero.shape), first.setdefault(id(t.basis), i)) for i, t in taps.items() if isinstance(t, Tap)
+    )
 
 
 def _extras(taps: Mapping[int, Tap | str]) -> list[torch.Tensor]:
-    return [tensor for t in taps.values() if isinstance(t, Tap) for tensor in (t.basis, t.zero)]
+    """The extra inputs: the basis and the zero of each tap, a shared basis once."""
+    tensors = [tensor for t in taps.values() if isinstance(t, Tap) for tensor in (t.basis, t.zero)]
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 TAP = "lowmem.projection_tap.default"

@@ -220,13 +220,14 @@ class LowRankOptimizer(Optimizer):
         generation, stored = t // group["update_interval"], first.get("projector")
         known = self._taps.get(param)
         if known is None or known[0] is not stored or known[1].generation != generation:
-            basis = stored if stored is not None and stored.dtype == param.dtype else None
-            if basis is None:
+            others = [self._taps[p] for p in unit.params if p in self._taps]
+            basis = next((t.basis for of, t in others if of is stored and t.generation == generation), None)
+            if basis is None and stored is not None and stored.dtype == param.dtype:
+                basis = stored
+            if basis is None or basis.dtype != param.dtype:
                 basis = self._factors(group, unit, plan, t)[0].to(param.dtype)
-            known = self._taps[param] = (
-                stored,
-                make_tap(param, plan.side, basis, plan.low_shape(tuple(param.shape)), generation),
-            )
+            tap = make_tap(param, plan.side, basis, plan.low_shape(tuple(param.shape)), generation)
+            known = self._taps[param] = (stored, tap)
         return known[1]
 
     def state_bytes(self, param: Tensor) -> int:

@@ -18,7 +18,7 @@ import lowmem_compile
 from lowmem_compile.errors import GradientError
 from lowmem_compile.optim import APOLLO, COAP, Fira, Flora, GaLore, LowRankOptimizer, split
 from lowmem_compile.optim.gradient import ProjectedGradient
-from tests.helpers import Graphs, compile_graphs, error
+from tests.helpers import compile_graphs, error
 
 D, H, ROWS, R = 16, 40, 24, 3
 TIGHT = 2e-6
@@ -210,12 +210,11 @@ def test_one_graph_serves_several_modules_each_with_its_own_basis() -> None:
     """Blocks compiled one by one: Dynamo runs the first one's graph for all."""
     model = nn.Sequential(Block(), Block(), Block())
     twin = copy.deepcopy(model)
-    blocks = [compile_graphs(block, gradients="exact") for block in model[:1]]
-    shared = blocks[0]
+    graphs = compile_graphs(lambda block, x: block(x), gradients="exact")
 
     def call(x: Tensor) -> Tensor:
         for block in model:
-            x = shared_call(shared, block, x)
+            x = graphs(block, x)
         return x
 
     optimizers = galore(model), galore(twin)
@@ -223,15 +222,8 @@ def test_one_graph_serves_several_modules_each_with_its_own_basis() -> None:
         x = batch()
         step(call, optimizers[0], x)
         step(twin, optimizers[1], x)
+    assert len(graphs.candidates) <= 4  # one graph for the first block, whose input needs no gradient, and one for the others
     same(model, twin)
-
-
-def shared_call(graphs: Graphs, block: nn.Module, x: Tensor) -> Tensor:
-    if not hasattr(block, "compiled_by_test"):
-        backend = graphs.call.dynamo_ctx.callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
-        object.__setattr__(block, "compiled_by_test", torch.compile(block, backend=backend))
-    result: Tensor = block.compiled_by_test(x)  # type: ignore[operator]
-    return result
 
 
 def test_resume() -> None:
@@ -296,7 +288,7 @@ def test_gradients_kept_over_a_step_cannot_make_a_basis() -> None:
         optimizer.step()
     before = model.up.weight.detach().clone()
     backward(call, batch())
-    with pytest.raises(GradientError, match="needs the whole gradient of up.weight, and a compiled model gave it projected"):
+    with pytest.raises(GradientError, match=r"needs the whole gradient of up\.weight, and a compiled model gave it projected"):
         optimizer.step()
     assert torch.equal(model.up.weight, before)
 
@@ -306,7 +298,7 @@ def test_other_readers_of_the_gradient() -> None:
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     step(call, optimizer, batch())
     backward(call, batch())
-    with pytest.raises(GradientError, match="only the optimizer of lowmem_compile.optim"):
+    with pytest.raises(GradientError, match="only the optimizer of"):
         other.step()
     second = galore(model)
     model.zero_grad()
@@ -385,7 +377,7 @@ def test_operations_on_a_projected_gradient() -> None:
     torch.testing.assert_close(grad.norm(), low.norm())
     left = ProjectedGradient(torch.randn(2, 8), torch.randn(6, 2), "left", 0)
     assert left.whole().shape == left.shape == (6, 8)
-    for wrong in (lambda: grad @ whole.T, lambda: grad * whole, lambda: grad + 1, lambda: grad.sum(), lambda: grad.norm(dim=0)):
+    for wrong in (lambda: grad @ whole.T, lambda: grad * whole, lambda: grad + 1, grad.sum, lambda: grad.norm(dim=0)):
         with pytest.raises(GradientError):
             wrong()
     with pytest.raises(GradientError, match="different bases"):
