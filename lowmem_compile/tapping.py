@@ -43,6 +43,7 @@ class TapInput:
         basis: name of the placeholder of A or L.
         zero: name of the placeholder of Z.
         left: the output side is projected.
+        refresh: the basis is made in the backward pass; ``basis`` names the placeholder of a ticket.
         reason: why the gradient is whole; then the names are empty.
         state_bytes: what the optimizer keeps for the weight.
     """
@@ -50,6 +51,7 @@ class TapInput:
     basis: str = ""
     zero: str = ""
     left: bool = False
+    refresh: bool = False
     reason: str = ""
     state_bytes: int = 0
 
@@ -135,7 +137,13 @@ class Variants:
             known[nodes[position].name] = (
                 TapInput(reason=tap)
                 if isinstance(tap, str)
-                else TapInput(add("basis", tap.basis), add("zero", tap.zero), tap.side == "left", "", state_bytes(args[position]))
+                else TapInput(
+                    basis=add("basis", tap.basis),
+                    zero=add("zero", tap.zero),
+                    left=tap.side == "left",
+                    refresh=tap.refresher is not None,
+                    state_bytes=state_bytes(args[position]),
+                )
             )
         gm.recompile()
         return self.build(gm, inputs, [*args, *_extras(taps)], known)
@@ -145,7 +153,9 @@ def _key(taps: Mapping[int, Tap | str]) -> tuple[Any, ...]:
     """What tells variants apart: which weights are tapped, side and rank, and who shares a basis."""
     first: dict[int, int] = {}
     return tuple(
-        (i, t.side, tuple(t.zero.shape), first.setdefault(id(t.basis), i)) for i, t in taps.items() if isinstance(t, Tap)
+        (i, t.side, t.refresher is None, tuple(t.zero.shape), first.setdefault(id(t.basis), i))
+        for i, t in taps.items()
+        if isinstance(t, Tap)
     )
 
 
@@ -155,14 +165,12 @@ def _extras(taps: Mapping[int, Tap | str]) -> list[torch.Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-TAP = "lowmem.projection_tap.default"
+TAPS = ("lowmem.projection_tap.default", "lowmem.refresh_tap.default")
 
 
 def remove_taps(graph: fx.Graph) -> None:
-    """Take the taps out of a joint graph: their forward is the identity. Bases are marked with their side."""
+    """Take the taps out of a joint graph: their forward is the identity."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and str(node.target) == TAP:
-            y, _, basis, _, left = node.args
-            basis.meta["lowmem_basis"] = "left" if left else "right"
-            node.replace_all_uses_with(y)
+        if node.op == "call_function" and str(node.target) in TAPS:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

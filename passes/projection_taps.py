@@ -12,6 +12,9 @@ linears read (a module that is called more than once) has one Z, whose gradient 
 Bytes: the gradient takes r/I (right) or r/O (left) of W's; x is not needed for it on the right side, only x A [N, r],
 where that is smaller than what x is made from (the partition decides).
 
+A step that makes a basis uses ``lowmem::refresh_tap`` where the optimizer has ``refresh_in_backward``: G exists in one operation
+of the backward pass, which makes the basis and projects G.
+
 Declined: the optimizer needs the whole gradient (LM217: a step that makes a basis, Fira, APOLLO); W is read by anything but
 linears (LM218: tied to an embedding, a chunked loss, inside a checkpoint) or written in place (LM214); no gradient (LM303).
 Weights that no optimizer of ``lowmem_compile.optim`` holds are not matched.
@@ -30,7 +33,7 @@ from torch import fx
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.effects import is_written, name_of
 from lowmem_compile.graph import argument, emit, tensor_of, tensor_value
-from lowmem_compile.kernels.projection_tap import projection_tap
+from lowmem_compile.kernels.projection_tap import projection_tap, refresh_tap
 from lowmem_compile.reporting.units import format_bytes
 from lowmem_compile.tapping import TapInput
 
@@ -78,6 +81,10 @@ class ProjectionTaps:
         other = next((u for u in weight.node.users if not _is_linear_of(u, weight.node)), None)
         if other is not None:
             return Decline("LM218", f"the weight is also read by {name_of(other) or other.op}")
+        if weight.tap.refresh and len(weight.node.users) > 1:
+            return Decline(
+                "LM217", "the weight is read more than once, and the step makes a new basis from the sum of its gradients"
+            )
         if is_written(weight.node):
             return Decline("LM214", "the weight is changed in place")
         value = tensor_of(weight.node)
@@ -95,7 +102,7 @@ class ProjectionTaps:
             linear.args = (x, new, *rest)
             with graph.inserting_after(linear):
                 arguments = (linear, x, weight.basis, weight.zero, weight.tap.left)
-                tap = emit(graph, projection_tap._opoverload, arguments, like=linear)
+                tap = emit(graph, (refresh_tap if weight.tap.refresh else projection_tap)._opoverload, arguments, like=linear)
             for user in [u for u in linear.users if u is not tap]:
                 user.replace_input_with(linear, tap)
 
@@ -111,7 +118,8 @@ class ProjectionTaps:
         side, rank = ("left", low.shape[0]) if weight.tap.left else ("right", low.shape[1])
         before, after = (format_bytes(v.numel() * v.element_size()) for v in (whole, low))
         state = f", state {format_bytes(weight.tap.state_bytes)}" if weight.tap.state_bytes else ""
-        return f"{side} side, rank {rank}: gradient {before} → {after}{state}"
+        made = ", basis made here" if weight.tap.refresh else ""
+        return f"{side} side, rank {rank}: gradient {before} → {after}{state}{made}"
 
 
 def _is_linear_of(node: fx.Node, weight: fx.Node) -> bool:

@@ -7,10 +7,10 @@ A unit is one parameter, or a list of parameters that read one input and share a
     3. advances the moments and applies the update.
 
 The state of a parameter holds tensors and whole numbers alone: ``step`` (gradients seen), the slots of its method, and on the
-first parameter of a unit ``basis_step`` (steps of the unit, which decides when the basis is refreshed) and the projector's
-factors ``projector``, or ``projector_0`` and ``projector_1``. Random bases are not stored: they come from ``seed`` and the number
-of the refresh. A parameter without a gradient is left alone, and its count does not move: a refresh that was due then happens
-with its next gradient.
+first parameter of a unit ``basis_step`` (steps of the unit, which decides when the basis is refreshed), ``basis_made`` (the one of
+them whose basis a backward pass made) and the projector's factors ``projector``, or ``projector_0`` and ``projector_1``. Random
+bases are not stored: they come from ``seed`` and the number of the refresh. A parameter without a gradient is left alone, and its
+count does not move: a refresh that was due then happens with its next gradient.
 
 NOTE [dtypes]. Gradients, moments and updates are computed in float32 (float64 for float64 parameters) and stored in the
 parameter's dtype, or as ``bits`` says. A bfloat16 v with β₂ = 0.999 stops following changes below 0.2 %; ``bits=32`` avoids that.
@@ -42,7 +42,7 @@ from lowmem_compile.optim.settings import (
     shared_indices,
 )
 from lowmem_compile.optim.slots import Slot, State, compute_dtype, total_bytes
-from lowmem_compile.optim.taps import Tap, announce, make_tap
+from lowmem_compile.optim.taps import Tap, announce, make_refresh_tap, make_tap
 from lowmem_compile.optim.units import Group, Move, Refresh, Unit, Work, units_of
 
 
@@ -178,7 +178,7 @@ class LowRankOptimizer(Optimizer):
         if isinstance(unit.plan, str):
             raise GradientError(f"{unit.names[0]} is not projected: {unit.plan}.")
         t = self.state[unit.params[0]].get("basis_step", 0)
-        if self.refresh_needs_gradient and self._due(group, t):
+        if self.refresh_needs_gradient and self._due(group, unit):
             raise GradientError(f"the basis of {unit.names[0]} comes from its next whole gradient; see full_gradient_due.")
         return self._factors(group, unit, unit.plan, t)
 
@@ -213,11 +213,17 @@ class LowRankOptimizer(Optimizer):
             return f"{type(self).__name__} needs the whole gradient at every step"
         if plan.side not in ("right", "left"):
             return "convolutions are projected in the optimizer"
-        first = self.state[unit.params[0]]
+        first = self.state.get(unit.params[0], {})
         t = first.get("basis_step", 0)
-        if self.refresh_needs_gradient and self._due(group, t):
-            return "this step makes a new basis from the whole gradient"
         generation, stored = t // group["update_interval"], first.get("projector")
+        if self.refresh_needs_gradient and self._due(group, unit):
+            if not group["refresh_in_backward"] or len(unit.params) > 1:
+                return "this step makes a new basis from the whole gradient"
+            tap = self._refreshing.get(param)
+            if tap is None or tap.generation != generation:
+                tap = make_refresh_tap(self, param, plan.side, plan.low_shape(tuple(param.shape)), generation)
+                self._refreshing[param] = tap
+            return tap
         known = self._taps.get(param)
         if known is None or known[0] is not stored or known[1].generation != generation:
             others = [self._taps[p] for p in unit.params if p in self._taps]
@@ -229,6 +235,24 @@ class LowRankOptimizer(Optimizer):
             tap = make_tap(param, plan.side, basis, plan.low_shape(tuple(param.shape)), generation)
             known = self._taps[param] = (stored, tap)
         return known[1]
+
+    @torch.no_grad()
+    def make_basis(self, param: Tensor, G: Tensor) -> Tensor:
+        """Make the basis that is due from this whole gradient, now and not in the step, and project it.
+
+        If the basis was made meanwhile, the gradient is projected alone. If the gradient is not finite, nothing is made, and the
+        projection is NaN everywhere.
+        """
+        group, unit = self._unit_of(param)
+        assert not isinstance(unit.plan, str)
+        leader = self.state[param]
+        t = leader.setdefault("basis_step", 0)
+        if self._due(group, unit):
+            if not bool(G.isfinite().all()):
+                return G.new_full(unit.plan.low_shape(tuple(param.shape)), float("nan"))
+            self._refresh(group, unit, unit.plan, [(param, G)])
+            leader["basis_made"] = t
+        return project(G, self._factors(group, unit, unit.plan, t), unit.plan.side)
 
     def state_bytes(self, param: Tensor) -> int:
         """Bytes kept for a parameter; the projector counts for the first of those that share it."""
@@ -242,6 +266,7 @@ class LowRankOptimizer(Optimizer):
     def _forget(self) -> None:
         """Forget what was looked up: groups or state are other objects now."""
         self._taps: dict[Tensor, tuple[Tensor | None, Tap]] = {}
+        self._refreshing: dict[Tensor, Tap] = {}
         self._index: dict[Tensor, tuple[Group, Unit]] = {}
 
     def _unit_of(self, param: Tensor) -> tuple[Group, Unit]:
@@ -263,14 +288,16 @@ class LowRankOptimizer(Optimizer):
 
     def _needs_whole(self, group: Group, unit: Unit) -> bool:
         """Whether the next step of a projected unit needs whole gradients."""
-        t = self.state[unit.params[0]].get("basis_step", 0)
-        return self.needs_full_gradient or (self.refresh_needs_gradient and self._due(group, t))
+        return self.needs_full_gradient or (self.refresh_needs_gradient and self._due(group, unit))
 
-    def _due(self, group: Group, t: int) -> bool:
-        return bool(t % group["update_interval"] == 0)
+    def _due(self, group: Group, unit: Unit) -> bool:
+        """Whether the next step makes a basis: every so many steps, unless the backward pass has made it already."""
+        leader = self.state.get(unit.params[0], {})
+        t = leader.get("basis_step", 0)
+        return bool(t % group["update_interval"] == 0) and leader.get("basis_made", -1) != t
 
     def _check_gradients(self, group: Group, unit: Unit) -> None:
-        due = not isinstance(unit.plan, str) and self._due(group, self.state[unit.params[0]].get("basis_step", 0))
+        due = not isinstance(unit.plan, str) and self._due(group, unit)
         for p, name in zip(unit.params, unit.names, strict=True):
             low = projected_gradient(p)
             if low is not None and not low.empty:
@@ -311,8 +338,9 @@ class LowRankOptimizer(Optimizer):
         t = leader.setdefault("basis_step", 0)
         if not self.stores_projector:
             leader.setdefault("seed", mix(group["seed"], unit.ordinal))
-        if self._due(group, t):
-            self._refresh(group, unit, unit.plan, t)
+        if self._due(group, unit):
+            live_grads = [(p, grad) for p in unit.params if (grad := whole_gradient(p)) is not None]
+            self._refresh(group, unit, unit.plan, live_grads)
         factors = self._factors(group, unit, unit.plan, t)
         for p in live:
             state, slots = self._state_of(p, group, unit.plan)
@@ -330,16 +358,16 @@ class LowRankOptimizer(Optimizer):
             self.projected_step(Work(p, state, slots, low, full, factors, unit.plan, group))
         leader["basis_step"] = t + 1
 
-    def _refresh(self, group: Group, unit: Unit, plan: Plan, t: int) -> None:
-        """Put a new basis into the state of the unit, and carry the moments over to it."""
+    def _refresh(self, group: Group, unit: Unit, plan: Plan, live: list[tuple[Tensor, Tensor]]) -> None:
+        """Put a new basis, from parameters and their whole gradients, into the state of the unit; carry the moments over."""
         first = unit.params[0]
+        t = self.state[first]["basis_step"]
         old = tuple(factor.clone() for factor in self._factors(group, unit, plan, t - 1)) if t else None
         if self.stores_projector:
-            live = [p for p in unit.params if whole_gradient(p) is not None]
-            grads = [grad.to(compute_dtype(p.dtype)) for p in live if (grad := whole_gradient(p)) is not None]
+            grads = [grad.to(compute_dtype(p.dtype)) for p, grad in live]
 
             def momentum() -> Tensor:
-                return _stacked([self._momentum(p, group, plan) for p in live])
+                return _stacked([self._momentum(p, group, plan) for p, _ in live])
 
             new = self.new_factors(Refresh(group, plan, t, _stacked(grads), old, momentum))
             for slot, factor in zip(self.factor_slots(plan, first.dtype, group), new, strict=True):

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowmem_compile.errors import GradientError
+from lowmem_compile.kernels.projection_tap import Refresher
 from lowmem_compile.optim.gradient import ProjectedGradient, add_gradient
 from lowmem_compile.optim.projector import Side
 
@@ -33,32 +35,70 @@ class Tap:
 
     Attributes:
         side: "right" or "left".
-        basis: A [I, r] or L [O, r], in the dtype of the parameter.
+        basis: A [I, r] or L [O, r], in the dtype of the parameter; the ticket of the refresher if there is one.
         zero: leaf of the shape and dtype of the projected gradient; all elements are one number in memory, 0.
-        generation: which refresh made the basis.
+        generation: which refresh made the basis, or makes it.
+        refresher: makes the basis inside the backward pass.
     """
 
     side: Side
     basis: Tensor
     zero: Tensor
     generation: int
+    refresher: Refresher | None = None
 
 
 def make_tap(param: Tensor, side: Side, basis: Tensor, shape: tuple[int, ...], generation: int) -> Tap:
     """A tap whose gradients go to ``param.grad``."""
-    zero = torch.zeros((), dtype=param.dtype, device=param.device).expand(shape).requires_grad_()
-    zero.register_post_accumulate_grad_hook(_receiver(weakref.ref(param), basis, side, generation))
-    return Tap(side, basis, zero, generation)
+    return Tap(side, basis, _zero(param, shape, lambda low: ProjectedGradient(low, basis, side, generation)), generation)
 
 
-def _receiver(param: weakref.ref[Tensor], basis: Tensor, side: Side, generation: int) -> Callable[[Tensor], None]:
+def make_refresh_tap(optimizer: LowRankOptimizer, param: Tensor, side: Side, shape: tuple[int, ...], generation: int) -> Tap:
+    """A tap that makes its basis in the backward pass; its gradients go to ``param.grad``."""
+    of, to = weakref.ref(optimizer), weakref.ref(param)
+
+    def both() -> tuple[LowRankOptimizer, Tensor]:
+        found, target = of(), to()
+        if found is None or target is None:
+            raise GradientError(
+                "the optimizer that was to make a basis in this backward pass was deleted after the forward pass."
+            )
+        return found, target
+
+    def take(G: Tensor) -> Tensor:
+        found, target = both()
+        return found.make_basis(target, G)
+
+    def wrap(low: Tensor) -> ProjectedGradient:
+        found, target = both()
+        tap = found.tap(target)
+        if isinstance(tap, Tap) and tap.refresher is None:
+            return ProjectedGradient(low, tap.basis, side, generation)
+        none = low.new_full((param_rows(target, side), low.shape[1 if side == "right" else 0]), float("nan"))
+        return ProjectedGradient(low, none, side, generation)
+
+    refresher = Refresher(take)
+    return Tap(side, refresher.ticket, _zero(param, shape, wrap), generation, refresher)
+
+
+def param_rows(param: Tensor, side: Side) -> int:
+    """Rows of a basis of this side."""
+    return int(param.shape[1 if side == "right" else 0])
+
+
+def _zero(param: Tensor, shape: tuple[int, ...], wrap: Callable[[Tensor], ProjectedGradient]) -> Tensor:
+    """A leaf of zeros in 4 bytes; what arrives as its gradient is added to ``param.grad``."""
+    to = weakref.ref(param)
+
     def receive(zero: Tensor) -> None:
         low, zero.grad = zero.grad, None
-        target = param()
+        target = to()
         if target is not None and low is not None:
-            add_gradient(target, ProjectedGradient(low, basis, side, generation))
+            add_gradient(target, wrap(low))
 
-    return receive
+    zero = torch.zeros((), dtype=param.dtype, device=param.device).expand(shape).requires_grad_()
+    zero.register_post_accumulate_grad_hook(receive)
+    return zero
 
 
 def announce(optimizer: LowRankOptimizer, params: list[Tensor]) -> None:

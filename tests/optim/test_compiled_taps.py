@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import lowmem_compile
 from lowmem_compile.errors import GradientError
-from lowmem_compile.optim import APOLLO, COAP, Fira, Flora, GaLore, LowRankOptimizer, split
+from lowmem_compile.optim import COAP, Flora, GaLore, LowRankOptimizer, split
 from lowmem_compile.optim.gradient import ProjectedGradient
 from tests.helpers import compile_graphs, error
 
@@ -33,7 +33,8 @@ class Block(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, H), nn.Linear(H, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
+        y: Tensor = x + self.down(torch.tanh(self.up(self.norm(x))))
+        return y
 
 
 def galore(model: nn.Module, **options: Any) -> LowRankOptimizer:
@@ -44,7 +45,7 @@ def pair(make: Callable[[nn.Module], LowRankOptimizer] = galore, model: nn.Modul
     """A model, its compiled graphs and optimizer, and the same in eager."""
     model = Block() if model is None else model
     twin = copy.deepcopy(model)
-    return [model, compile_graphs(model, gradients="exact"), make(model), twin, make(twin)]
+    return [model, compile_graphs(model, gradients="exact", check="lint"), make(model), twin, make(twin)]
 
 
 def backward(call: Any, x: Tensor, share: float = 1.0) -> None:
@@ -71,12 +72,9 @@ def is_projected(model: nn.Module, name: str = "up") -> bool:
 
 
 METHODS: dict[str, Callable[..., LowRankOptimizer]] = {
-    "COAP": lambda groups: COAP(groups, update_interval=4, reproject_factor=2),
     "COAP 8 bits": lambda groups: COAP(groups, update_interval=4, bits=8, projector_bits=8, quantise_from=16, block_size=16),
     "GaLore input": lambda groups: GaLore([{**g, "side": "input"} for g in groups], update_interval=4),
     "Flora": lambda groups: Flora(groups, update_interval=4),
-    "Fira": lambda groups: Fira(groups, update_interval=4),
-    "APOLLO": lambda groups: APOLLO(groups, update_interval=4),
 }
 
 
@@ -91,19 +89,19 @@ def test_compiled_equals_eager_over_refreshes(name: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step(twin, reference, x)
-    assert projected == (0 if name in ("Fira", "APOLLO") else 10 if name == "Flora" else 7)
+    assert projected == (10 if name == "Flora" else 7)
     same(model, twin, 1e-3 if "8 bits" in name else TIGHT)  # 8 bits: a rounding of R may change a code
 
 
 @pytest.mark.e2e
 def test_the_compiled_code_equals_eager(fresh_inductor_cache: Path) -> None:
-    """Twelve steps of COAP through code generation; then again from warm caches, in a new compile."""
+    """Twelve steps of COAP through code generation, bases made in the backward pass; then again from warm caches."""
     for cached in (False, True):
         torch.compiler.reset()
         torch.manual_seed(0)
         model = Block()
         twin = copy.deepcopy(model)
-        optimizers = [COAP(split(m, rank=R).groups, update_interval=4, reproject_factor=2) for m in (model, twin)]
+        optimizers = [REFRESHING["COAP"](split(m, rank=R).groups) for m in (model, twin)]
         model.compile(backend="lowmem", options={"gradients": "exact", "strict": True})
         projected = 0
         for _ in range(12):
@@ -114,10 +112,10 @@ def test_the_compiled_code_equals_eager(fresh_inductor_cache: Path) -> None:
             optimizers[0].zero_grad()
             step(twin, optimizers[1], x)
         same(model, twin)
-        assert projected == 9
+        assert projected == 12
         graphs = lowmem_compile.report(model).graphs
         assert [g.from_cache for g in graphs] == [cached, cached]
-        assert [[s.code for s in g.sites if s.pass_name == NAME] for g in graphs] == [["LM217"] * 2, ["LM100"] * 2]
+        assert [[s.code for s in g.sites if s.pass_name == NAME] for g in graphs] == [["LM100"] * 2] * 2
 
 
 def test_accumulation_adds_projected_gradients() -> None:
@@ -180,7 +178,7 @@ def test_zero_grad_to_zeros() -> None:
 
 def test_an_optimizer_that_is_built_after_the_first_call() -> None:
     model = Block()
-    call = compile_graphs(model, gradients="exact")
+    call = compile_graphs(model, gradients="exact", check="lint")
     backward(call, batch())
     assert not is_projected(model)
     model.zero_grad()
@@ -340,7 +338,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
-        return (q @ k.mT).softmax(-1) @ v
+        y: Tensor = (q @ k.mT).softmax(-1) @ v
+        return y
 
 
 def test_linears_that_share_a_projector_share_its_product() -> None:
@@ -369,11 +368,16 @@ def test_operations_on_a_projected_gradient() -> None:
     grad = ProjectedGradient(low, basis, "right", 0)
     assert grad.shape == (6, 8)
     torch.testing.assert_close(grad.whole(), low @ basis.T)
-    assert torch.equal((2 * grad).low, 2 * low)
-    assert torch.equal((grad / 2).low, low / 2)
-    assert torch.equal((grad + grad).low, 2 * low)
     whole = torch.randn(6, 8)
-    torch.testing.assert_close((whole + grad).low, low + whole @ basis)
+    sums: dict[str, tuple[Any, Tensor]] = {
+        "2 G": (2 * grad, 2 * low),
+        "G / 2": (grad / 2, low / 2),
+        "G + G": (grad + grad, 2 * low),
+        "H + G": (whole + grad, low + whole @ basis),
+    }
+    for found, expected in sums.values():
+        assert isinstance(found, ProjectedGradient)
+        torch.testing.assert_close(found.low, expected)
     torch.testing.assert_close(grad.norm(), low.norm())
     left = ProjectedGradient(torch.randn(2, 8), torch.randn(6, 2), "left", 0)
     assert left.whole().shape == left.shape == (6, 8)
@@ -382,3 +386,73 @@ def test_operations_on_a_projected_gradient() -> None:
             wrong()
     with pytest.raises(GradientError, match="different bases"):
         _ = grad + ProjectedGradient(low, basis, "right", 1)
+
+
+REFRESHING: dict[str, Callable[..., LowRankOptimizer]] = {
+    "COAP": lambda groups: COAP(groups, update_interval=4, reproject_factor=2, refresh_in_backward=True),
+    "COAP restored": lambda groups: COAP(groups, update_interval=4, restore_state=True, refresh_in_backward=True),
+    "GaLore input": lambda groups: GaLore([{**g, "side": "input"} for g in groups], update_interval=4, refresh_in_backward=True),
+}
+
+
+@pytest.mark.parametrize("name", REFRESHING)
+def test_bases_made_in_the_backward_pass_equal_eager(name: str) -> None:
+    model, call, optimizer, twin, reference = pair(lambda m: REFRESHING[name](split(m, rank=R).groups))
+    for _ in range(10):
+        x = batch()
+        backward(call, x)
+        assert is_projected(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        step(twin, reference, x)
+    assert len(call.candidates) == 2  # the variant that makes bases, and the ordinary one
+    backward_graph = call.candidates[0].compiled.backward.graph
+    shapes = {(H, D), (D, H)}
+    made = [
+        n.name for n in backward_graph.nodes if n.op == "call_function" and tuple(getattr(n.meta["val"], "shape", ())) in shapes
+    ]
+    assert all("permute" in name for name in made), made  # views of the weights alone
+    same(model, twin)
+
+
+def test_with_accumulation_the_first_backward_pass_makes_the_basis() -> None:
+    model, call, optimizer, twin, _ = pair(lambda m: galore(m, refresh_in_backward=True))
+    first, second = batch(), batch()
+    backward(call, first)
+    backward(twin, first)
+    G = twin.up.weight.grad.clone()
+    expected = torch.linalg.svd(G, full_matrices=False).Vh[:R].T
+    basis = optimizer.state[model.up.weight]["projector"]
+    assert error((basis.T @ expected).abs(), torch.eye(R)) <= 1e-4  # up to signs
+    backward(call, second)
+    backward(twin, second)
+    assert error(model.up.weight.grad.low, twin.up.weight.grad @ basis) <= TIGHT
+    optimizer.step()
+    assert optimizer.state[model.up.weight]["basis_step"] == 1
+
+
+def test_two_forward_passes_before_the_backward_pass_that_makes_the_basis() -> None:
+    model, call, optimizer, twin, _ = pair(lambda m: galore(m, refresh_in_backward=True))
+    x, y = batch(), batch()
+    (call(x).square().mean() + call(y).square().mean()).backward()
+    (twin(x).square().mean() + twin(y).square().mean()).backward()
+    basis = optimizer.state[model.up.weight]["projector"]
+    assert error(model.up.weight.grad.low, twin.up.weight.grad @ basis) <= TIGHT
+    optimizer.step()
+
+
+def test_a_gradient_that_is_not_finite_makes_no_basis() -> None:
+    model, call, optimizer, twin, reference = pair(lambda m: galore(m, refresh_in_backward=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for t in range(3):
+        x = batch()
+        factor = float("inf") if t == 0 else 1.0
+        (scaler.scale(call(x).square().mean()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad()
+        assert ("projector" in optimizer.state[model.up.weight]) == (t > 0)
+        if t:
+            step(twin, reference, x)
+    assert scaler.get_scale() == 2
+    same(model, twin)

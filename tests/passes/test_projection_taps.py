@@ -85,7 +85,7 @@ def test_the_gradient_is_the_projection_and_nothing_else_changes(side: str) -> N
         plan_side = "left" if side == "std" and p.shape[0] < p.shape[1] else "right"
         assert p.grad.side == plan_side
         assert p.grad.low.numel() * p.shape[1 if plan_side == "right" else 0] == R * p.numel()  # r/I, r/O of the bytes
-        assert error(p.grad.low, down(G, optimizer.factors_of(p), plan_side)) <= TIGHT  # type: ignore[arg-type]
+        assert error(p.grad.low, down(G, optimizer.factors_of(p), plan_side)) <= TIGHT
 
 
 @pytest.mark.parametrize("side", ["std", "input"])
@@ -244,8 +244,8 @@ def test_switched_off_by_name() -> None:
     assert graphs.sites(NAME) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_autocast() -> None:
+    dtype = torch.bfloat16
     model, x = Plain(), torch.randn(ROWS, D)
     twin = copy.deepcopy(model)
     optimizer = flora(model.parameters(), side="input")
@@ -259,7 +259,7 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert grad.dtype == grad.low.dtype == torch.float32
         assert isinstance(G, Tensor)
         (A,) = optimizer.factors_of(model.get_submodule(name).weight)  # type: ignore[arg-type]
-        assert error(grad.low, G @ A) <= (0.03 if dtype == torch.bfloat16 else 4e-3)  # x, A and x A rounded in the narrow dtype
+        assert error(grad.low, G @ A) <= 0.03  # x, A and x A rounded in the narrow dtype
 
 
 class Head(nn.Module):
