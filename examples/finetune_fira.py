@@ -38,9 +38,8 @@ def main() -> None:
     groups = optim.split(model, rank=16, include=["*.layer.*"]).groups
     optimizer = optim.Fira(groups, lr=1e-4, update_interval=200)
     sizes = optim.report(optimizer)
-    print(
-        f"{len(sizes.projected)} weights projected; state {format_bytes(sizes.state_bytes)}, AdamW's {format_bytes(sizes.adamw_bytes)}"
-    )
+    kept, adamw = format_bytes(sizes.state_bytes), format_bytes(sizes.adamw_bytes)
+    print(f"{len(sizes.projected)} weights projected; state {kept}, AdamW's {adamw}")
 
     model.train()
     model.compile(backend="lowmem")

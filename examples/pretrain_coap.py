@@ -1,4 +1,4 @@
-"""Pre-training with COAP: a small LLaMA learns Python's help pages byte by byte, its gradients computed in projected form.
+"""Pre-training with COAP: a LLaMA of one layer learns Python's help pages byte by byte, its gradients computed in projected form.
 
     pip install "lowmem[hf]"; python examples/pretrain_coap.py
 
@@ -22,7 +22,7 @@ CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=96,
     intermediate_size=256,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=4,
     max_position_embeddings=LENGTH,

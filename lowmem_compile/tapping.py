@@ -83,6 +83,8 @@ class Variants:
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], positions: list[int], build: Build) -> None:
         self.gm, self.positions, self.build = copy_dynamo_module(gm), positions, build
+        for node in placeholders(self.gm.graph):
+            node.meta.pop("grapharg", None)  # Dynamo lets go of the inputs of its first call; so does the copy
         self.fakes = [n.meta.get("example_value", value) for n, value in zip(placeholders(gm.graph), example_inputs, strict=True)]
         self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         taps = self.taps(example_inputs)

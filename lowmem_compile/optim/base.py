@@ -7,10 +7,10 @@ A unit is one parameter, or a list of parameters that read one input and share a
     3. advances the moments and applies the update.
 
 The state of a parameter holds tensors and whole numbers alone: ``step`` (gradients seen), the slots of its method, and on the
-first parameter of a unit ``basis_step`` (steps of the unit, which decides when the basis is refreshed), ``basis_made`` (the one of
-them whose basis a backward pass made) and the projector's factors ``projector``, or ``projector_0`` and ``projector_1``. Random
-bases are not stored: they come from ``seed`` and the number of the refresh. A parameter without a gradient is left alone, and its
-count does not move: a refresh that was due then happens with its next gradient.
+first parameter of a unit ``basis_step`` (steps of the unit, which decides when the basis is refreshed), ``basis_made`` (the one
+of them whose basis a backward pass made) and the projector's factors ``projector``, or ``projector_0`` and ``projector_1``.
+Random bases are not stored: they come from ``seed`` and the number of the refresh. A parameter without a gradient is left alone,
+and its count does not move: a refresh that was due then happens with its next gradient.
 
 NOTE [dtypes]. Gradients, moments and updates are computed in float32 (float64 for float64 parameters) and stored in the
 parameter's dtype, or as ``bits`` says. A bfloat16 v with β₂ = 0.999 stops following changes below 0.2 %; ``bits=32`` avoids that.

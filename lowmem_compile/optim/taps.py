@@ -120,8 +120,8 @@ def tap_or_reason(param: Tensor) -> Tap | str | None:
         return None
     if len(owners) > 1:
         return "two optimizers hold the parameter, and each has its own projector"
-    if param.grad_fn is not None or not param.requires_grad:
-        return "the parameter is frozen"
+    if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+        return "the parameter has hooks on its gradient, which have to see it whole"
     return owners[0].tap(param)
 
 

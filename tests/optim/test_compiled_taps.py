@@ -306,6 +306,18 @@ def test_other_readers_of_the_gradient() -> None:
     assert "two optimizers hold the parameter" in call.sites(NAME)[-1].reason or len(call.candidates) == 2
 
 
+def test_hooks_see_whole_gradients() -> None:
+    model, call, optimizer, _, _ = pair()
+    step(call, optimizer, batch())
+    seen = []
+    handle = model.up.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    backward(call, batch())
+    assert seen == [(H, D)]
+    assert not is_projected(model)
+    assert is_projected(model, "down")
+    handle.remove()
+
+
 def test_under_ddp_gradients_stay_whole() -> None:
     model, call, optimizer, _, _ = pair()
     step(call, optimizer, batch())
