@@ -210,6 +210,24 @@ def copy_dynamo_module(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
+def mark_source_unknown(node: fx.Node) -> None:
+    """Tell AOTAutograd that a placeholder we added to a Dynamo graph comes from nowhere in the user's program."""
+    node._dynamo_source = None
+
+
+def static_fakes(tensor: torch.Tensor, others: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fakes of a tensor with no dynamic size: in the mode of the graph's values, and in the mode of the compile in progress.
+
+    Dynamo compiles with another fake mode than it traced with. ``AssertionError`` if the others are not fake.
+    """
+    traced = next((t.fake_mode for t in others if isinstance(t, FakeTensor)), None)
+    compiling = detect_fake_mode(list(others))
+    if traced is None or compiling is None:
+        raise AssertionError("the inputs of the graph have no fake tensors")
+    value = traced.from_tensor(tensor, static_shapes=True)
+    return value, value if compiling is traced else compiling.from_tensor(tensor, static_shapes=True)
+
+
 @contextlib.contextmanager
 def own_tracing_context(example_inputs: Sequence[Any]) -> Iterator[None]:
     """A tracing context of its own (some of its fields may be set only once a compile), with the caller's fake mode."""

@@ -34,6 +34,7 @@ from lowmem_compile.pipeline import run_stage
 from lowmem_compile.registry import Entry, register
 from lowmem_compile.registry import reset as reset_registry
 from lowmem_compile.saved import Partition
+from lowmem_compile.tapping import TapInput, Variants, tapped_positions
 
 log = logging.getLogger(__name__)
 
@@ -65,24 +66,60 @@ def lowmem(
     """
     settings = Options.from_dict(options)
     patches = {**OWN_CONFIG, **_mode_patches(mode), **settings.inductor}
-    entry = register(gm, example_inputs, settings, identity(settings))
+
+    def build(graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput]) -> Callable[..., Any]:
+        return compile_graph(graph, inputs, args, taps, settings, dict(patches), inner_compile)
+
+    positions = tapped_positions(gm, example_inputs) if may_tap(settings) else []
+    if positions:
+        return Variants(gm, example_inputs, positions, build)
+    return build(gm, list(example_inputs), example_inputs, {})
+
+
+def may_tap(settings: Options) -> bool:
+    """Whether gradients may be projected in a graph that is compiled now."""
+    return torch.is_grad_enabled() and "projection_taps" not in settings.disable
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    inputs: list[Any],
+    args: Sequence[Any],
+    taps: Mapping[str, TapInput],
+    settings: Options,
+    patches: dict[str, Any],
+    inner_compile: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """Rewrite and compile one variant of a graph.
+
+    Args:
+        gm: torch-IR graph; ours to change.
+        inputs: what is compiled for: real or fake tensors and sizes, one a placeholder.
+        args: the real tensors of this call.
+        taps: weights whose gradients may be projected, by the name of their placeholder.
+        settings: the options.
+        patches: Inductor's configuration.
+        inner_compile: see :func:`lowmem`.
+    """
+    entry = register(gm, args, settings, identity(settings))
     recorder = entry.recorder
-    device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
-    ctx = Context(options=settings, device=device, facts=dynamo_facts(gm, example_inputs, device, entry))
+    device = next((i.device.type for i in args if isinstance(i, torch.Tensor)), "cpu")
+    facts = {**dynamo_facts(gm, args, device, entry), "taps": taps}
+    ctx = Context(options=settings, device=device, facts=facts)
     recorder.dump("dynamo", gm)
     untouched = copy_dynamo_module(gm) if settings.report and entry.training else None
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
-        entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches, ambient_autocast(device))
+        entry.baseline = functools.partial(count_baseline, untouched, list(inputs), patches, ambient_autocast(device))
     gm.recompile()
-    partitioner = Partitioner(settings, device, entry, example_inputs if settings.calibrate else ())
-    patches["custom_partitioner_fn"] = partitioner
+    partitioner = Partitioner(settings, device, entry, args if settings.calibrate else ())
+    patches = {**patches, "custom_partitioner_fn": partitioner}
     more: dict[str, Any] = {}
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
     try:
         table = decompositions(settings)
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=table, **more)
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, **more)
     finally:
         partitioner.inputs = ()
     return cast("Callable[..., Any]", compiled)

@@ -109,6 +109,15 @@ class Pass(Protocol):
 
 
 @runtime_checkable
+class DescribingPass(Pass, Protocol):
+    """A pass that says more of a rewritten place than its name."""
+
+    def describe(self, match: Match, ctx: Context) -> str:
+        """One sentence for the report, asked for before the rewrite."""
+        ...
+
+
+@runtime_checkable
 class JointPass(Pass, Protocol):
     """A pass whose rewrites are kept only where they lower the bytes saved."""
 

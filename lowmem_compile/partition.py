@@ -40,6 +40,7 @@ from lowmem_compile.planner.plan import SMALLEST_GRAPH, Plan, Planner
 from lowmem_compile.planner.timeline import peak, simulate
 from lowmem_compile.recompute import choose_saved
 from lowmem_compile.saved import Partition
+from lowmem_compile.tapping import remove_taps
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def partition_joint(
     for node, index in zip(placeholders(gm.graph), range(len(gm.graph.nodes)), strict=False):
         node.meta["lowmem_static"] = index in (kwargs.get("static_lifetime_input_indices") or ())
     recorder.dump("joint", gm)
+    remove_taps(gm.graph)
 
     partitions = stock_partitions(gm, joint_inputs, kwargs)
     ours = functools.partial(choose_saved, pointwise=ctx.options.recompute == "pointwise")

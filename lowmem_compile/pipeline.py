@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import fx
 
 from lowmem_compile._torch import GraphTransformObserver, trace_structured, tracing_is_on
-from lowmem_compile.contract import Context, Decline, JointPass, Match, Pass, Rewrite, Stage
+from lowmem_compile.contract import Context, Decline, DescribingPass, JointPass, Match, Pass, Rewrite, Stage
 from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
@@ -25,6 +25,7 @@ from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
 from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
 from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
+from lowmem_compile.passes.projection_taps import ProjectionTaps
 from lowmem_compile.passes.recognise_activation import RecogniseActivation
 from lowmem_compile.passes.recognise_norm import RecogniseNorm
 from lowmem_compile.passes.recompute_saved import RecomputeSaved
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     FoldNormAffine(),  # reads the op that recognise_norm makes
     FoldLayerScale(),
     ChunkLoss(),
+    ProjectionTaps(),  # last of its stage: a head that the chunked loss takes is not tapped
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
     EmbeddingGradient(),
@@ -212,11 +214,16 @@ def site_of(p: Pass, match: Match, ctx: Context, decline: Decline | None) -> Sit
         source=source_line(node),
         action="rewritten" if decline is None else "declined",
         code="LM100" if decline is None else decline.code,
-        reason="" if decline is None else decline.reason,
+        reason=describe_site(p, match, ctx) if decline is None else decline.reason,
         numerics=p.numerics.value,
         bytes_before=before,
         bytes_after=after,
     )
+
+
+def describe_site(p: Pass, match: Match, ctx: Context) -> str:
+    """What a pass says of a place that it rewrites; most say nothing."""
+    return p.describe(match, ctx) if isinstance(p, DescribingPass) else ""
 
 
 def site_bytes(p: Pass, match: Match, ctx: Context) -> tuple[int, int]:

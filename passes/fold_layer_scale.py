@@ -33,6 +33,7 @@ from lowmem_compile.graph import (
     tensor_of,
     tensor_value,
 )
+from lowmem_compile.tapping import is_tapped
 
 LINEARS = (F.linear, torch._C._nn.linear)
 MULTIPLY = (operator.mul, torch.mul)
@@ -69,6 +70,8 @@ class FoldLayerScale:
             return Decline("LM206", "the vector does not scale the outputs of the linear")
         if not scale.requires_grad:
             return Decline("LM308", "the scale is frozen, so the output of the linear is not saved for it")
+        if is_tapped(site.linear, ctx.facts.get("taps", {})):
+            return Decline("LM219", "the gradient of the scale would need the whole gradient of the weight")
         inputs = (*site.linear.all_input_nodes, site.scale, site.linear, *site.between)
         effect = may_read_together(site.linear, match.node, inputs)
         if effect:

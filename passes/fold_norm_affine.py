@@ -14,13 +14,15 @@ model) keep reading y.
 ``options["fold_norm_affine"]``: ``"auto"`` folds only where it saves bytes. While the backward pass may recompute pointwise
 operations (``options["recompute"] == "pointwise"``) y is rebuilt from xhat for nothing, so folding saves no byte and is declined
 (LM307); under Inductor's own recompute rule it saves one y a norm. ``"always"`` folds wherever it is legal.
-Declined: no linear reads y (LM304), only dropout does (LM209), a value changes between the two (LM214).
+Declined: no linear reads y (LM304), only dropout does (LM209), a value changes between the two (LM214), the gradients of the
+weights are projected (LM219).
 Numerics class: REASSOCIATED. Source: LowMemoryBP (ICML 2024), affine merging; with b' = b + W β (the unscaled W).
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -33,6 +35,7 @@ from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.effects import may_read_together
 from lowmem_compile.graph import argument, emit, optional_argument, sympy_numel, tensor_of, tensor_value
 from lowmem_compile.kernels.normalize import normalize
+from lowmem_compile.tapping import TapInput, is_tapped
 
 LINEARS = (F.linear, torch._C._nn.linear)
 MULTIPLY = (torch.mul, operator.mul)
@@ -51,6 +54,8 @@ class Affine:
     dropout: bool
     effect: str = ""
     """Why linears that read the output cannot read xhat instead, if there are such."""
+    tapped: bool = False
+    """Linears read the output whose weights' gradients are projected."""
 
 
 class FoldNormAffine:
@@ -60,13 +65,13 @@ class FoldNormAffine:
     stage = Stage.DYNAMO
     numerics = Numerics.REASSOCIATED
 
-    def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:  # noqa: ARG002
+    def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:
         found = []
         for node in graph.nodes:
             if node.op == "call_function" and node.target is normalize._opoverload:
                 xhat = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
                 if xhat is not None:
-                    found.append(Match(node, affine_of(xhat)))
+                    found.append(Match(node, affine_of(xhat, ctx.facts.get("taps", {}))))
         return found
 
     def check(self, match: Match, ctx: Context) -> Decline | None:
@@ -80,13 +85,16 @@ class FoldNormAffine:
                 return Decline("LM209", "a dropout stands between the norm and the linear")
             if affine.effect:
                 return Decline("LM214", affine.effect)
+            if affine.tapped:
+                return Decline("LM219", "the gradient of the affine would need the whole gradient of the weight")
             return Decline("LM304", "no linear reads the output of this norm")
         if not wanted(ctx):
             return Decline("LM307", "the backward pass rebuilds the affine from xhat; folding saves no bytes")
         return None
 
-    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:  # noqa: ARG002
-        affine = affine_of(match.info.xhat)  # anew: folding another norm may have replaced the nodes of this one
+    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:
+        # anew: folding another norm may have replaced the nodes of this one
+        affine = affine_of(match.info.xhat, ctx.facts.get("taps", {}))
         for linear in affine.linears:
             self._fold(graph, affine, linear)
         node: fx.Node = affine.output
@@ -128,7 +136,7 @@ def wanted(ctx: Context) -> bool:
     return fold_option == "always" or (fold_option == "auto" and ctx.options.recompute == "inductor")
 
 
-def affine_of(xhat: fx.Node) -> Affine:
+def affine_of(xhat: fx.Node, taps: Mapping[str, TapInput]) -> Affine:
     """Follow the chain cast · multiply by a vector · add a vector from xhat, and see who reads its end."""
     scale: fx.Node | None = None
     shift: fx.Node | None = None
@@ -146,11 +154,13 @@ def affine_of(xhat: fx.Node) -> Affine:
             break
     linears = tuple(u for u in node.users if u.op == "call_function" and u.target in LINEARS and u.args[:1] == (node,))
     linears = tuple(u for u in linears if len(u.args) >= 2 and u.args[1] is not node)
+    tapped = any(is_tapped(u, taps) for u in linears)
+    linears = tuple(u for u in linears if not is_tapped(u, taps))
     dropout = any(getattr(u.target, "__name__", "") == "dropout" for u in node.users)
     values = [n for n in (node, scale, shift) if n is not None]
     effects = {u: may_read_together(xhat, u, values) for u in linears}
     allowed = tuple(u for u in linears if not effects[u])
-    return Affine(xhat, node, scale, shift, allowed, dropout, next(filter(None, effects.values()), ""))
+    return Affine(xhat, node, scale, shift, allowed, dropout, next(filter(None, effects.values()), ""), tapped)
 
 
 def _vector(user: fx.Node, node: fx.Node) -> fx.Node | None:

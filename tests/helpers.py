@@ -42,8 +42,22 @@ class Graphs:
     candidates: list[Candidates] = field(default_factory=list)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with plain_kernel():
-            return self.call(*args, **kwargs)
+        before = list(registry.ENTRIES)
+        with plain_kernel(), patch.object(Entry, "partitioned", self.observe):
+            result = self.call(*args, **kwargs)
+        self.entries += [e for e in registry.ENTRIES if not any(e is b for b in before)]
+        return result
+
+    @property
+    def observe(self) -> Callable[[Entry, Candidates], None]:
+        """Stands in for ``Entry.partitioned``, of graphs that are compiled at a call and of variants compiled later."""
+        original = Entry.partitioned
+
+        def spy(entry: Entry, candidates: Candidates) -> None:
+            self.candidates.append(candidates)
+            original(entry, candidates)
+
+        return spy
 
     @property
     def only(self) -> Candidates:
@@ -84,21 +98,11 @@ def compile_graphs(model: Callable[..., Any], *, dynamic: bool | None = None, **
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    original = Entry.partitioned
-
-    def spy(entry: Entry, candidates: Candidates) -> None:
-        graphs.candidates.append(candidates)
-        original(entry, candidates)
-
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        with patch.object(Entry, "partitioned", spy):
-            compiled = lowmem(gm, example_inputs, options=options, inner_compile=capture)
-        graphs.entries.append(registry.ENTRIES[-1])
-        return compiled
+        return lowmem(gm, example_inputs, options=options, inner_compile=capture)
 
     backend.reset = registry.reset  # type: ignore[attr-defined]
-    graphs = Graphs(torch.compile(model, backend=backend, dynamic=dynamic))
-    return graphs
+    return Graphs(torch.compile(model, backend=backend, dynamic=dynamic))
 
 
 def dynamo_graph(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> tuple[fx.GraphModule, list[Any]]:

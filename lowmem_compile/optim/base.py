@@ -7,10 +7,10 @@ A unit is one parameter, or a list of parameters that read one input and share a
     3. advances the moments and applies the update.
 
 The state of a parameter holds tensors and whole numbers alone: ``step`` (gradients seen), the slots of its method, and on the
-first parameter of a unit ``basis_step`` (steps of the unit, which decides when the basis is refreshed) and the projector's
-factors ``projector``, or ``projector_0`` and ``projector_1``. Random bases are not stored: they come from ``seed`` and the number
-of the refresh. A parameter without a gradient is left alone, and its count does not move: a refresh that was due then happens
-with its next gradient.
+first parameter of a unit ``basis_step`` (steps of the unit, which decides when the basis is refreshed), ``basis_made`` (the one
+of them whose basis a backward pass made) and the projector's factors ``projector``, or ``projector_0`` and ``projector_1``.
+Random bases are not stored: they come from ``seed`` and the number of the refresh. A parameter without a gradient is left alone,
+and its count does not move: a refresh that was due then happens with its next gradient.
 
 NOTE [dtypes]. Gradients, moments and updates are computed in float32 (float64 for float64 parameters) and stored in the
 parameter's dtype, or as ``bits`` says. A bfloat16 v with β₂ = 0.999 stops following changes below 0.2 %; ``bits=32`` avoids that.
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from lowmem_compile.errors import GradientError, OptionError
 from lowmem_compile.optim.bases import mix
+from lowmem_compile.optim.gradient import projected_gradient, whole_gradient
 from lowmem_compile.optim.moments import Update, apply_update, moment_slots, take_step
 from lowmem_compile.optim.pieces import apply_projected, plain_step, project
 from lowmem_compile.optim.projector import Factors, Plan
@@ -40,7 +41,8 @@ from lowmem_compile.optim.settings import (
     settle_rank,
     shared_indices,
 )
-from lowmem_compile.optim.slots import Slot, State, compute_dtype
+from lowmem_compile.optim.slots import Slot, State, compute_dtype, total_bytes
+from lowmem_compile.optim.taps import Tap, announce, make_refresh_tap, make_tap
 from lowmem_compile.optim.units import Group, Move, Refresh, Unit, Work, units_of
 
 
@@ -59,6 +61,7 @@ class LowRankOptimizer(Optimizer):
 
     def __init__(self, params: ParamsLike, options: Mapping[str, Any], common: Mapping[str, Any]) -> None:
         self._pending: dict[Tensor, Tensor] = {}
+        self._forget()
         name = type(self).__name__
         check_names(common, COMMON, name)
         defaults = {**COMMON, **options, **common}
@@ -92,6 +95,8 @@ class LowRankOptimizer(Optimizer):
         except OptionError:
             self.param_groups.pop()
             raise
+        self._forget()
+        announce(self, group["params"])
 
     def _check_group(self, group: Group, where: str, shared: Any) -> None:
         method, params = type(self).__name__, group["params"]
@@ -132,7 +137,7 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, unit) for group, unit in self.units() if self._live(unit)]
+        work = [(group, unit) for group, unit in self.units() if self._live(group, unit)]
         for group, unit in work:
             self._check_gradients(group, unit)
         for group, unit in work:
@@ -161,9 +166,7 @@ class LowRankOptimizer(Optimizer):
     def full_gradient_due(self, param: Tensor) -> bool:
         """Whether the next step needs this parameter's whole gradient: always, at a refresh, or not."""
         group, unit = self._unit_of(param)
-        if isinstance(unit.plan, str) or self.needs_full_gradient:
-            return True
-        return self.refresh_needs_gradient and self._due(group, self.state[unit.params[0]].get("basis_step", 0))
+        return isinstance(unit.plan, str) or self._needs_whole(group, unit)
 
     def factors_of(self, param: Tensor) -> Factors:
         """The factors that project this parameter's next gradient, in the dtype that updates are computed in.
@@ -175,7 +178,7 @@ class LowRankOptimizer(Optimizer):
         if isinstance(unit.plan, str):
             raise GradientError(f"{unit.names[0]} is not projected: {unit.plan}.")
         t = self.state[unit.params[0]].get("basis_step", 0)
-        if self.refresh_needs_gradient and self._due(group, t):
+        if self.refresh_needs_gradient and self._due(group, unit):
             raise GradientError(f"the basis of {unit.names[0]} comes from its next whole gradient; see full_gradient_due.")
         return self._factors(group, unit, unit.plan, t)
 
@@ -197,35 +200,136 @@ class LowRankOptimizer(Optimizer):
             raise GradientError(f"a projected gradient of {' + '.join(unit.names)} has shape {expected}, not {tuple(low.shape)}.")
         self._pending[param] = self._pending[param] + low if param in self._pending else low.detach()
 
+    def tap(self, param: Tensor) -> Tap | str:
+        """What a compiled graph needs to give this parameter's next gradient projected, or the reason why it must be whole.
+
+        The tap is the same object until the basis changes.
+        """
+        group, unit = self._unit_of(param)
+        plan = unit.plan
+        if isinstance(plan, str):
+            return f"not projected: {plan}"
+        if self.needs_full_gradient:
+            return f"{type(self).__name__} needs the whole gradient at every step"
+        if plan.side not in ("right", "left"):
+            return "convolutions are projected in the optimizer"
+        first = self.state.get(unit.params[0], {})
+        t = first.get("basis_step", 0)
+        generation, stored = t // group["update_interval"], first.get("projector")
+        if self.refresh_needs_gradient and self._due(group, unit):
+            if not group["refresh_in_backward"] or len(unit.params) > 1:
+                return "this step makes a new basis from the whole gradient"
+            tap = self._refreshing.get(param)
+            if tap is None or tap.generation != generation:
+                tap = make_refresh_tap(self, param, plan.side, plan.low_shape(tuple(param.shape)), generation)
+                self._refreshing[param] = tap
+            return tap
+        known = self._taps.get(param)
+        if known is None or known[0] is not stored or known[1].generation != generation:
+            others = [self._taps[p] for p in unit.params if p in self._taps]
+            basis = next((t.basis for of, t in others if of is stored and t.generation == generation), None)
+            if basis is None and stored is not None and stored.dtype == param.dtype:
+                basis = stored
+            if basis is None or basis.dtype != param.dtype:
+                basis = self._factors(group, unit, plan, t)[0].to(param.dtype)
+            tap = make_tap(param, plan.side, basis, plan.low_shape(tuple(param.shape)), generation)
+            known = self._taps[param] = (stored, tap)
+        return known[1]
+
+    @torch.no_grad()
+    def make_basis(self, param: Tensor, G: Tensor) -> Tensor:
+        """Make the basis that is due from this whole gradient, now and not in the step, and project it.
+
+        If the basis was made meanwhile, the gradient is projected alone. If the gradient is not finite, nothing is made, and the
+        projection is NaN everywhere.
+        """
+        group, unit = self._unit_of(param)
+        assert not isinstance(unit.plan, str)
+        leader = self.state[param]
+        t = leader.setdefault("basis_step", 0)
+        if self._due(group, unit):
+            if not bool(G.isfinite().all()):
+                return G.new_full(unit.plan.low_shape(tuple(param.shape)), float("nan"))
+            self._refresh(group, unit, unit.plan, [(param, G)])
+            leader["basis_made"] = t
+        return project(G, self._factors(group, unit, unit.plan, t), unit.plan.side)
+
+    def state_bytes(self, param: Tensor) -> int:
+        """Bytes kept for a parameter; the projector counts for the first of those that share it."""
+        group, unit = self._unit_of(param)
+        plan = None if isinstance(unit.plan, str) else unit.plan
+        held = total_bytes(self.slots(tuple(param.shape), param.dtype, group, plan))
+        if plan is not None and param is unit.params[0]:
+            held += total_bytes(self.factor_slots(plan, param.dtype, group))
+        return held
+
+    def _forget(self) -> None:
+        """Forget what was looked up: groups or state are other objects now."""
+        self._taps: dict[Tensor, tuple[Tensor | None, Tap]] = {}
+        self._refreshing: dict[Tensor, Tap] = {}
+        self._index: dict[Tensor, tuple[Group, Unit]] = {}
+
     def _unit_of(self, param: Tensor) -> tuple[Group, Unit]:
-        for group, unit in self.units():
-            if any(p is param for p in unit.params):
-                return group, unit
-        raise OptionError("the parameter is not one of this optimizer's")
+        if param not in self._index:
+            self._index = {p: (group, unit) for group, unit in self.units() for p in unit.params}
+        if param not in self._index:
+            raise OptionError("the parameter is not one of this optimizer's")
+        return self._index[param]
 
     # One step of a unit.
 
-    def _live(self, unit: Unit) -> list[Tensor]:
-        return [p for p in unit.params if p.grad is not None or p in self._pending]
+    def _live(self, group: Group, unit: Unit) -> list[Tensor]:
+        live = [p for p in unit.params if p.grad is not None or p in self._pending]
+        if isinstance(unit.plan, str):
+            return live
+        # A gradient that zero_grad(set_to_none=False) left in projected form can make no basis: as if there were none.
+        empty = [p for p in live if (low := projected_gradient(p)) is not None and low.empty]
+        return [p for p in live if not any(p is q for q in empty)] if self._needs_whole(group, unit) else live
 
-    def _due(self, group: Group, t: int) -> bool:
-        return bool(t % group["update_interval"] == 0)
+    def _needs_whole(self, group: Group, unit: Unit) -> bool:
+        """Whether the next step of a projected unit needs whole gradients."""
+        return self.needs_full_gradient or (self.refresh_needs_gradient and self._due(group, unit))
+
+    def _due(self, group: Group, unit: Unit) -> bool:
+        """Whether the next step makes a basis: every so many steps, unless the backward pass has made it already."""
+        leader = self.state.get(unit.params[0], {})
+        t = leader.get("basis_step", 0)
+        return bool(t % group["update_interval"] == 0) and leader.get("basis_made", -1) != t
 
     def _check_gradients(self, group: Group, unit: Unit) -> None:
-        due = not isinstance(unit.plan, str) and self._due(group, self.state[unit.params[0]].get("basis_step", 0))
+        due = not isinstance(unit.plan, str) and self._due(group, unit)
         for p, name in zip(unit.params, unit.names, strict=True):
-            if p.grad is None:
+            low = projected_gradient(p)
+            if low is not None and not low.empty:
+                self._check_projected(group, unit, name, low.generation)
+            grad = whole_gradient(p)
+            if grad is None:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 raise GradientError(f"the gradient of {name} is sparse; make it dense (sparse=False for an embedding).")
-            if due and self.refresh_needs_gradient and not bool(p.grad.isfinite().all()):
+            if due and self.refresh_needs_gradient and not bool(grad.isfinite().all()):
                 raise GradientError(
                     f"the gradient of {name} is not finite at a step that computes a basis from it. Leave the step out "
                     "(as torch.amp.GradScaler does) or clip the gradient."
                 )
 
+    def _check_projected(self, group: Group, unit: Unit, name: str, generation: int) -> None:
+        """Refuse a projected gradient that the step cannot use."""
+        t = self.state[unit.params[0]].get("basis_step", 0)
+        if isinstance(unit.plan, str) or self._needs_whole(group, unit):
+            raise GradientError(
+                f"this step needs the whole gradient of {name}, and a compiled model gave it projected: its forward pass ran "
+                "before the last step, or gradients were kept over a step. Call optimizer.zero_grad() after each step, and run "
+                "the forward pass after it."
+            )
+        if generation != t // group["update_interval"]:
+            raise GradientError(
+                f"the projected gradient of {name} is in a basis that a step has replaced since its forward pass ran; run "
+                "forward and backward pass between the same two steps."
+            )
+
     def _step_unit(self, group: Group, unit: Unit) -> None:
-        live = self._live(unit)
+        live = self._live(group, unit)
         if isinstance(unit.plan, str):
             for p in live:
                 self._plain_step(group, p)
@@ -234,14 +338,18 @@ class LowRankOptimizer(Optimizer):
         t = leader.setdefault("basis_step", 0)
         if not self.stores_projector:
             leader.setdefault("seed", mix(group["seed"], unit.ordinal))
-        if self._due(group, t):
-            self._refresh(group, unit, unit.plan, t)
+        if self._due(group, unit):
+            live_grads = [(p, grad) for p in unit.params if (grad := whole_gradient(p)) is not None]
+            self._refresh(group, unit, unit.plan, live_grads)
         factors = self._factors(group, unit, unit.plan, t)
         for p in live:
             state, slots = self._state_of(p, group, unit.plan)
             wide = compute_dtype(p.dtype)
-            full = p.grad.to(wide) if p.grad is not None and self.needs_full_gradient else None
-            low = None if p.grad is None else project(p.grad, factors, unit.plan.side)
+            grad, tapped = whole_gradient(p), projected_gradient(p)
+            full = grad.to(wide) if grad is not None and self.needs_full_gradient else None
+            low = None if grad is None else project(grad, factors, unit.plan.side)
+            if tapped is not None:
+                low = tapped.low.to(wide)
             if p in self._pending:
                 given = self._pending[p].to(wide)
                 low = given if low is None else low + given
@@ -250,16 +358,16 @@ class LowRankOptimizer(Optimizer):
             self.projected_step(Work(p, state, slots, low, full, factors, unit.plan, group))
         leader["basis_step"] = t + 1
 
-    def _refresh(self, group: Group, unit: Unit, plan: Plan, t: int) -> None:
-        """Put a new basis into the state of the unit, and carry the moments over to it."""
+    def _refresh(self, group: Group, unit: Unit, plan: Plan, live: list[tuple[Tensor, Tensor]]) -> None:
+        """Put a new basis, from parameters and their whole gradients, into the state of the unit; carry the moments over."""
         first = unit.params[0]
+        t = self.state[first]["basis_step"]
         old = tuple(factor.clone() for factor in self._factors(group, unit, plan, t - 1)) if t else None
         if self.stores_projector:
-            live = [p for p in unit.params if p.grad is not None]
-            grads = [p.grad.to(compute_dtype(p.dtype)) for p in live if p.grad is not None]
+            grads = [grad.to(compute_dtype(p.dtype)) for p, grad in live]
 
             def momentum() -> Tensor:
-                return _stacked([self._momentum(p, group, plan) for p in live])
+                return _stacked([self._momentum(p, group, plan) for p, _ in live])
 
             new = self.new_factors(Refresh(group, plan, t, _stacked(grads), old, momentum))
             for slot, factor in zip(self.factor_slots(plan, first.dtype, group), new, strict=True):
@@ -297,10 +405,11 @@ class LowRankOptimizer(Optimizer):
         return state, slots
 
     def _plain_step(self, group: Group, p: Tensor) -> None:
-        assert p.grad is not None
+        grad = whole_gradient(p)
+        assert grad is not None
         state, slots = self._state_of(p, group, None)
         state["step"] += 1
-        plain_step(p, p.grad, state, slots, group)
+        plain_step(p, grad, state, slots, group)
 
     # What a method defines.
 
@@ -343,6 +452,8 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_pending", {})
         self.__dict__.setdefault("_shared", [])
+        self._forget()
+        announce(self, [p for group in self.param_groups for p in group["params"]])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint exactly: tensors keep their dtypes (PyTorch would cast them to the parameter's).

@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowmem_compile.optim.base import LowRankOptimizer
-from lowmem_compile.optim.slots import total_bytes
 from lowmem_compile.reporting.units import format_bytes, format_change, format_shape, plural, visible
 
 
@@ -118,13 +117,10 @@ def report(optimizer: LowRankOptimizer) -> OptimizerReport:
 
 
 def _rows(optimizer: LowRankOptimizer) -> Iterable[Row]:
-    for group, unit in optimizer.units():
+    for _, unit in optimizer.units():
         plan = None if isinstance(unit.plan, str) else unit.plan
         for place, (p, name) in enumerate(zip(unit.params, unit.names, strict=True)):
             shape, size = tuple(p.shape), p.dtype.itemsize
-            held = total_bytes(optimizer.slots(shape, p.dtype, group, plan))
-            if plan is not None and place == 0:
-                held += total_bytes(optimizer.factor_slots(plan, p.dtype, group))
             yield Row(
                 name=name,
                 shape=shape,
@@ -133,7 +129,7 @@ def _rows(optimizer: LowRankOptimizer) -> Iterable[Row]:
                 ranks=() if plan is None else plan.ranks,
                 reason=unit.plan if isinstance(unit.plan, str) else "",
                 shared_with=unit.names[0] if place else "",
-                state_bytes=held,
+                state_bytes=optimizer.state_bytes(p),
                 gradient_bytes=p.numel() * size,
                 projected_bytes=(p.numel() if plan is None else math.prod(plan.low_shape(shape))) * size,
                 adamw_bytes=2 * p.numel() * size,

@@ -116,6 +116,24 @@ REASONS: Final[Mapping[str, Reason]] = {
         "The plan for options['memory_budget'] meets the budget at less error and time with this tensor as it is.",
         "Ask for a smaller budget.",
     ),
+    "LM217": Reason(
+        "The optimizer needs the whole gradient",
+        "The optimizer that holds this weight cannot use a projected gradient: its method or this step needs the whole one, the "
+        "weight is not projected, or someone else (another optimizer, DistributedDataParallel) reads the gradient.",
+        "",
+    ),
+    "LM218": Reason(
+        "The weight is read by something else too",
+        "The gradient of the weight is a sum over everything that reads it, and only that of linear layers can be projected as "
+        "it is computed: the weight is tied to an embedding, belongs to a chunked loss or is read inside a checkpoint.",
+        "",
+    ),
+    "LM219": Reason(
+        "The gradient of the weight is projected",
+        "Folding a vector into the weight would make the gradient of the vector need the whole gradient of the weight, which is "
+        "computed as its projection and never exists.",
+        "",
+    ),
     "LM221": Reason(
         "Measured: codes would do harm",
         "options['calibrate'] measured that with ten bits for this tensor the gradient of some parameter has a cosine "
@@ -216,6 +234,11 @@ REWRITES: Final[Mapping[str, Reason]] = {
     "chunk_loss": Reason(
         "Loss computed in chunks",
         "The last linear layer and the loss run over a part of the batch at a time, so the logits are never whole and not kept.",
+        "",
+    ),
+    "projection_taps": Reason(
+        "Gradient of the weight computed as its projection",
+        "The backward pass computes what the optimizer keeps of the gradient, and the whole gradient never exists.",
         "",
     ),
     "recompute_saved": Reason(

@@ -1,0 +1,216 @@
+"""A gradient of which only the projection exists, in the place of ``param.grad``.
+
+:class:`ProjectedGradient` has the shape, dtype and device of its parameter, as PyTorch asks of a gradient, and holds R = G A
+[O, r] (right) or R = Lᵀ G [r, I] (left) alone: r/I or r/O of the bytes. It takes part in what training loops do to gradients:
+
+    accumulation            R + R', or R + down(G') where a whole gradient comes in
+    clip_grad_norm_         the norm that is seen is ‖R‖; the factor multiplies R
+    GradScaler              unscales R and looks for infinities in it
+    zero_grad               drops it, or sets R to zero (``set_to_none=False``)
+
+Anything else is a GradientError that says so: no operation makes the whole tensor unless :meth:`whole` is called, which gives
+up(R), the part of the gradient that lies in the basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lowmem_compile.errors import GradientError
+from lowmem_compile.optim.projector import Side, down, up
+
+aten = torch.ops.aten
+
+
+class ProjectedGradient(Tensor):
+    """The projection of a gradient.
+
+    Attributes:
+        low: R, [O, r] or [r, I], in the dtype of the parameter.
+        basis: A [I, r] or L [O, r], in that dtype.
+        side: "right" or "left".
+        generation: of the basis: which refresh made it.
+        empty: it was set to zero and nothing was added since.
+        full: a whole gradient that was added in place to an empty one, and then stands for it; usually ``None``.
+    """
+
+    low: Tensor
+    basis: Tensor
+    side: Side
+    generation: int
+    empty: bool
+    full: Tensor | None
+
+    @staticmethod
+    def __new__(cls, low: Tensor, basis: Tensor, side: Side, generation: int, *, empty: bool = False) -> Self:
+        shape = (low.shape[0], basis.shape[0]) if side == "right" else (basis.shape[0], low.shape[1])
+        make: Callable[..., Self] = Tensor._make_wrapper_subclass
+        self = make(cls, shape, dtype=low.dtype, device=low.device)
+        self.low, self.basis, self.side, self.generation, self.empty, self.full = low, basis, side, generation, empty, None
+        return self
+
+    @property
+    def held(self) -> Tensor:
+        """The tensor that is there: R, or the whole gradient that replaced it."""
+        return self.low if self.full is None else self.full
+
+    def hold(self, held: Tensor) -> ProjectedGradient:
+        """Another one with the same basis that holds this in place of :attr:`held`."""
+        new = self.with_low(held) if self.full is None else self.with_low(self.low)
+        new.full, new.empty = None if self.full is None else held, self.empty
+        return new
+
+    def with_low(self, low: Tensor) -> ProjectedGradient:
+        """Another projection in the same basis."""
+        basis = self.basis if low.dtype == self.basis.dtype else self.basis.to(low.dtype)
+        return ProjectedGradient(low, basis, self.side, self.generation)
+
+    def project(self, G: Tensor) -> Tensor:
+        """The projection of a whole gradient in this basis."""
+        return down(G.to(self.dtype), (self.basis,), self.side)
+
+    def whole(self) -> Tensor:
+        """up(R): the part of the gradient that lies in the basis, in full size."""
+        if self.full is not None:
+            return self.full
+        return up(self.low, (self.basis,), self.side)
+
+    def plus(self, other: Tensor) -> Tensor:
+        """The sum with another gradient of the same parameter, in this basis.
+
+        Raises:
+            GradientError: the other is a projection in a basis of another refresh.
+        """
+        if self.full is not None:
+            return other.plus(self.full) if isinstance(other, ProjectedGradient) else self.full + other
+        if not isinstance(other, ProjectedGradient):
+            return other.clone() if self.empty else self.with_low(self.low + self.project(other))
+        if other.full is not None:
+            return self.plus(other.full)
+        if self.empty or other.empty:
+            return other if self.empty else self
+        if other.generation != self.generation:
+            raise GradientError(
+                "two projected gradients of one parameter are in different bases: between their forward passes optimizer.step() "
+                "made a new one. Call optimizer.zero_grad() after the step that makes a basis."
+            )
+        return self.with_low(self.low + other.low)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ProjectedGradient(shape={tuple(self.shape)}, side={self.side!r}, low={self.low!r})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = HANDLERS.get(func)
+        if handler is None:
+            raise GradientError(
+                f"{func} is not defined for a gradient that is kept projected: sums, scaling, norms and GradScaler's check are. "
+                "Use grad.low for the projection, grad.whole() for its part of the full gradient, or compile with "
+                "options={'disable': ['projection_taps']} to get whole gradients."
+            )
+        return handler(func, args, kwargs or {})
+
+
+def _each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply the operation to what the gradient holds, and wrap the result."""
+    grad: ProjectedGradient = args[0]
+    result = func(grad.held, *args[1:], **kwargs)
+    return grad if result is grad.held else grad.hold(result)
+
+
+def _factor(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product or quotient with a number."""
+    first, second = args[:2]
+    if isinstance(first, ProjectedGradient) and (not isinstance(second, Tensor) or second.dim() == 0):
+        return _each(func, args, kwargs)
+    if isinstance(second, ProjectedGradient) and first.dim() == 0 and func is aten.mul.Tensor:
+        return second.hold(func(first, second.held))
+    raise GradientError(f"{func} of a projected gradient is defined with a number alone, not with a tensor of its shape.")
+
+
+def _add(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A sum of gradients of one parameter."""
+    first, second = args[:2]
+    if not isinstance(second, Tensor) or first.shape != second.shape:
+        raise GradientError(f"{func} of a projected gradient is defined with another gradient of its parameter alone.")
+    alpha = kwargs.get("alpha", 1)
+    addend = second if alpha == 1 else second * alpha
+    if not isinstance(first, ProjectedGradient):
+        if func is aten.add_.Tensor:
+            raise GradientError(
+                "a projected gradient cannot be added to a whole tensor in place: only the optimizer of lowmem_compile.optim "
+                "that holds the parameter can use it."
+            )
+        assert isinstance(addend, ProjectedGradient)
+        return addend.plus(first)
+    total = first.plus(addend)
+    if func is not aten.add_.Tensor:
+        return total
+    first.empty = False
+    if isinstance(total, ProjectedGradient):
+        first.low, first.basis, first.generation, first.full = total.low, total.basis, total.generation, None
+    else:
+        first.full = total
+    return first
+
+
+def _zero(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+    args[0].low.zero_()
+    args[0].empty, args[0].full = True, None
+    return args[0]
+
+
+def _norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The norm of R over all elements; a norm over some dimensions is not known."""
+    if len(args) > 2 and args[2] is not None:
+        raise GradientError("of a projected gradient the norm over all elements alone is known")
+    return func(args[0].held, *args[1:], **kwargs)
+
+
+def _lists(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An in-place operation or a norm of a list of gradients."""
+    grads = [g.held if isinstance(g, ProjectedGradient) else g for g in args[0]]
+    return func(grads, *args[1:], **kwargs)
+
+
+HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar), _factor),
+    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar), _factor),
+    **dict.fromkeys((aten.add.Tensor, aten.add_.Tensor), _add),
+    **dict.fromkeys(
+        (aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default, aten.neg.default), _each
+    ),
+    **dict.fromkeys((aten.linalg_vector_norm.default, aten.norm.Scalar), _norm),
+    **dict.fromkeys((aten._amp_foreach_non_finite_check_and_unscale_.default, aten._foreach_norm.Scalar), _lists),
+    **dict.fromkeys((aten._foreach_mul_.Scalar, aten._foreach_mul_.Tensor), _lists),
+    aten.zero_.default: _zero,
+}
+"""What may be done to a projected gradient."""
+
+
+def whole_gradient(param: Tensor) -> Tensor | None:
+    """The whole gradient of a parameter, or ``None`` if there is none or only its projection."""
+    grad = param.grad
+    return grad.full if isinstance(grad, ProjectedGradient) else grad
+
+
+def projected_gradient(param: Tensor) -> ProjectedGradient | None:
+    """The projected gradient of a parameter, or ``None`` if there is none or a whole one."""
+    grad = param.grad
+    return grad if isinstance(grad, ProjectedGradient) and grad.full is None else None
+
+
+def add_gradient(param: Tensor, low: ProjectedGradient) -> None:
+    """Add a projected gradient to what ``param.grad`` holds."""
+    if param.grad is None:
+        param.grad = low
+    elif isinstance(param.grad, ProjectedGradient):
+        param.grad = param.grad.plus(low)
+    else:
+        param.grad = low.plus(param.grad)
