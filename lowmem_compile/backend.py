@@ -28,6 +28,7 @@ from lowmem_compile.autocast import ambient_autocast, autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
+from lowmem_compile.in_backward import Planned, plan_key, take_marks, with_claims
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
@@ -65,7 +66,8 @@ def lowmem(
     """
     settings = Options.from_dict(options)
     patches = {**OWN_CONFIG, **_mode_patches(mode), **settings.inductor}
-    entry = register(gm, example_inputs, settings, identity(settings))
+    plan = take_marks(gm)
+    entry = register(gm, example_inputs, settings, identity(settings, plan))
     recorder = entry.recorder
     device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
     ctx = Context(options=settings, device=device, facts=dynamo_facts(gm, example_inputs, device, entry))
@@ -74,13 +76,13 @@ def lowmem(
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
         entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches, ambient_autocast(device))
     gm.recompile()
-    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry)
+    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry, plan)
     more: dict[str, Any] = {}
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches, decompositions=decompositions(settings), **more)
-    return cast("Callable[..., Any]", compiled)
+    return with_claims(cast("Callable[..., Any]", compiled), plan)
 
 
 lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
@@ -135,8 +137,8 @@ def count_baseline(
 class Partitioner(CustomPartitionerFn):
     """Inductor's partitioner hook. Holds no graph; its uuid covers everything that can change the result."""
 
-    def __init__(self, options: Options, device: str, entry: Any) -> None:
-        self.options, self.device, self.entry = options, device, entry
+    def __init__(self, options: Options, device: str, entry: Any, updates: Sequence[Planned] = ()) -> None:
+        self.options, self.device, self.entry, self.updates = options, device, entry, updates
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
@@ -147,13 +149,13 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        ctx = Context(options=self.options, device=self.device, facts={"baseline": self.entry.baseline_partitions})
+        ctx = Context(options=self.options, device=self.device, facts={"baseline": self.entry.baseline_partitions, "updates": self.updates})
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
         return candidates.compiled.forward, candidates.compiled.backward
 
     def uuid(self) -> str:
-        return identity(self.options)
+        return identity(self.options, self.updates)
 
 
 def decompositions(options: Options) -> StableDecompositions:
@@ -162,9 +164,10 @@ def decompositions(options: Options) -> StableDecompositions:
     return StableDecompositions(table, identity(options))
 
 
-def identity(options: Options) -> str:
-    """Hash of the package's sources, the options and the versions: the cache key of everything lowmem does."""
-    return hashlib.sha256(f"{sources_hash()}{options.key()}{torch.__version__}{_triton_version()}".encode()).hexdigest()
+def identity(options: Options, updates: Sequence[Planned] = ()) -> str:
+    """Hash of the package's sources, the options, the updates and the versions: the cache key of everything lowmem does."""
+    parts = (sources_hash(), options.key(), torch.__version__, _triton_version(), plan_key(updates))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 @functools.cache

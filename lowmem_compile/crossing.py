@@ -1,6 +1,7 @@
 """Tensors that cross from the forward to the backward graph: exchange one for the parts it is stored in.
 
-For passes of the saved stage, whose context holds the facts of :func:`lowmem_compile.partition.run_saved_stage`.
+For passes of the backward and the saved stage, whose context holds the facts of
+:func:`lowmem_compile.partition.backward_context` and :func:`lowmem_compile.partition.saved_context`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from lowmem_compile.contract import Context
-from lowmem_compile.graph import output_values, storage_root
+from lowmem_compile.graph import graph_input, output_values, placeholders, storage_root, tensor_of
 
 
 def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.Node]) -> list[fx.Node]:
@@ -36,6 +37,28 @@ def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.No
         new.meta["val"] = part.meta["val"]
         made.append(new)
     return made
+
+
+def carry_input(backward: fx.Graph, ctx: Context, index: int) -> fx.Node:
+    """The backward graph's placeholder for the index-th input of the Dynamo graph; made, and saved by the forward, if need be.
+
+    For passes of the backward stage, whose context holds the forward graph.
+    """
+    forward: fx.Graph = ctx.facts["forward"]
+    node = graph_input(forward, index)
+    if node is None:
+        raise AssertionError(f"the forward graph has no input {index}")
+    inputs = placeholders(backward)
+    known = next((n for n in inputs if n.target == node.target), None)
+    if known is not None:
+        return known
+    output, first = forward.output_node(), ctx.facts["num_user_outputs"]
+    values = output_values(forward)
+    output.args = ((*values[:first], node, *values[first:]),)
+    with backward.inserting_before(next(n for n in inputs if tensor_of(n) is not None)):  # sizes come first, then saved tensors
+        new = backward.placeholder(node.name)
+    new.meta = dict(node.meta)
+    return new
 
 
 def retire(ctx: Context, node: fx.Node) -> None:
