@@ -28,7 +28,7 @@ from lowmem_compile.autocast import ambient_autocast, autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
-from lowmem_compile.in_backward import Planned, plan_key, take_marks, with_claims
+from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, with_claims
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
@@ -67,6 +67,10 @@ def lowmem(
     settings = Options.from_dict(options)
     patches = {**OWN_CONFIG, **_mode_patches(mode), **settings.inductor}
     plan = take_marks(gm)
+    if any(hasattr(i, ORDINAL) for i in example_inputs):
+        from lowmem_compile.optim.addax.perturbation import complete
+
+        complete(gm, example_inputs)
     entry = register(gm, example_inputs, settings, identity(settings, plan))
     recorder = entry.recorder
     device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")

@@ -31,6 +31,8 @@ from lowmem_compile.errors import GradientError, OptionError
 
 SLOT = "_lowmem_update"
 """Attribute that numbers a parameter while a session runs."""
+ORDINAL = "_lowmem_ordinal"
+"""Attribute that numbers a parameter while a forward pass is perturbed (:mod:`lowmem_compile.optim.addax.perturbation`)."""
 PIECE = 2**20
 """Elements that an eager update of an elementwise rule works on at once."""
 
@@ -227,7 +229,7 @@ def backward_with_updates(
     updates: Mapping[Tensor, Update],
     *,
     names: Mapping[Tensor, str] | None = None,
-    check: Callable[[Tensor], None] = lambda _: None,
+    check: Callable[[Tensor], object] = lambda _: None,
 ) -> tuple[Tensor, set[int]]:
     """Run ``closure`` and the backward pass of the loss it returns; each parameter is updated inside the backward pass.
 

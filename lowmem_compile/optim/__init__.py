@@ -1,9 +1,10 @@
-"""Optimizers that keep their state in a projected space: COAP, GaLore, Fira, Flora, APOLLO.
+"""Optimizers that keep their state in a projected space (COAP, GaLore, Fira, Flora, APOLLO), and Addax, which keeps none.
 
 Ordinary ``torch.optim.Optimizer``s: parameter groups, closures, schedulers, ``state_dict``. :func:`split` makes groups of a
 model, :func:`report` says what is projected, what is not and why, and the bytes of both.
 """
 
+from lowmem_compile.optim.addax import Addax, AddaxStep, LengthPartition
 from lowmem_compile.optim.apollo import APOLLO
 from lowmem_compile.optim.base import LowRankOptimizer
 from lowmem_compile.optim.coap import COAP
@@ -13,4 +14,19 @@ from lowmem_compile.optim.galore import GaLore
 from lowmem_compile.optim.report import OptimizerReport, Row, report
 from lowmem_compile.optim.split import Split, split
 
-__all__ = ["APOLLO", "COAP", "Fira", "Flora", "GaLore", "LowRankOptimizer", "OptimizerReport", "Row", "Split", "report", "split"]
+__all__ = [
+    "APOLLO",
+    "COAP",
+    "Addax",
+    "AddaxStep",
+    "Fira",
+    "Flora",
+    "GaLore",
+    "LengthPartition",
+    "LowRankOptimizer",
+    "OptimizerReport",
+    "Row",
+    "Split",
+    "report",
+    "split",
+]
