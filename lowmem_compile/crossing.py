@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from lowmem_compile.contract import Context
-from lowmem_compile.graph import graph_input, output_values, placeholders, storage_root, tensor_of
+from lowmem_compile.graph import graph_input, is_tangent, output_values, placeholders, storage_root, tensor_of
 
 
 def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.Node]) -> list[fx.Node]:
@@ -52,10 +52,15 @@ def carry_input(backward: fx.Graph, ctx: Context, index: int) -> fx.Node:
     known = next((n for n in inputs if n.target == node.target), None)
     if known is not None:
         return known
-    output, first = forward.output_node(), ctx.facts["num_user_outputs"]
-    values = output_values(forward)
-    output.args = ((*values[:first], node, *values[first:]),)
-    with backward.inserting_before(next(n for n in inputs if tensor_of(n) is not None)):  # sizes come first, then saved tensors
+    output, values = forward.output_node(), list(output_values(forward))
+    # The forward graph returns saved tensors, then sizes; the backward graph takes sizes, saved tensors, then tangents.
+    end = ctx.facts["num_user_outputs"]
+    while end < len(values) and isinstance(values[end], fx.Node) and tensor_of(values[end]) is not None:
+        end += 1
+    output.args = ((*values[:end], node, *values[end:]),)
+    # Several graphs of a step may change it (a sum over all parameters), which is no error: no check of its version.
+    node.meta["saved_tensor_with_no_vc_check"] = True
+    with backward.inserting_before(next(n for n in inputs if is_tangent(n))):
         new = backward.placeholder(node.name)
     new.meta = dict(node.meta)
     return new
