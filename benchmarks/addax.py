@@ -40,25 +40,32 @@ PAD = 16
 
 @dataclass(frozen=True)
 class Task:
-    """Token ids and labels to train on and to test on, and a builder of the model with a new head."""
+    """Token ids and labels, shuffled; a builder of the model with a new head; a learning rate for each method."""
 
-    train: list[tuple[list[int], int]]
-    test: list[tuple[list[int], int]]
+    examples: list[tuple[list[int], int]]
     build: Callable[[], nn.Module]
     lr: dict[str, float]
 
 
-def split(examples: list[tuple[list[int], int]], held_out: int) -> tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]:
-    """The classes in equal numbers, shuffled; the last ones are for testing."""
+def balanced(examples: list[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
+    """The classes in equal numbers, shuffled."""
     generator = random.Random(0)
     classes = [[e for e in examples if e[1] == label] for label in (0, 1)]
     count = min(map(len, classes))
     mixed = [e for group in classes for e in generator.sample(group, count)]
     generator.shuffle(mixed)
-    return mixed[:-held_out], mixed[-held_out:]
+    return mixed
 
 
-def minilm() -> Task:
+def configured(folder: Any, layers: int | None) -> Any:
+    """The configuration of a two-class model without dropout, of its first layers if a number is given."""
+    config = weights.without_dropout(require("transformers").AutoConfig.from_pretrained(folder, num_labels=2))
+    if layers is not None:
+        config.num_hidden_layers = layers
+    return config
+
+
+def minilm(layers: int | None) -> Task:
     """Paragraphs of two pages."""
     transformers, tokenizer = require("transformers"), weights.minilm_tokenizer()
     texts = [(p, label) for label, page in enumerate(("specialnames", "string-methods")) for p in topics[page].split("\n\n")]
@@ -67,15 +74,15 @@ def minilm() -> Task:
     def build() -> nn.Module:
         torch.manual_seed(0)
         folder = weights.minilm_folder()
-        config = weights.without_dropout(transformers.AutoConfig.from_pretrained(folder, num_labels=2))
+        config = configured(folder, layers)
         with quiet():
             model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(folder, config=config)
         return model
 
-    return Task(*split(examples, 80), build, {"AdamW": 5e-5, "IP-SGD": 2e-2, "MeZO": 1e-5, "Addax": 2e-2})
+    return Task(balanced(examples), build, {"AdamW": 5e-5, "IP-SGD": 2e-2, "MeZO": 1e-5, "Addax": 2e-2})
 
 
-def albert() -> Task:
+def albert(layers: int | None) -> Task:
     """Digits as sequences."""
     transformers = require("transformers")
     require("sklearn")
@@ -101,15 +108,15 @@ def albert() -> Task:
     def build() -> nn.Module:
         torch.manual_seed(0)
         folder = weights.albert_folder()
-        config = weights.without_dropout(transformers.AutoConfig.from_pretrained(folder, num_labels=2))
+        config = configured(folder, layers)
         with quiet():
             model: nn.Module = transformers.AlbertForSequenceClassification.from_pretrained(folder, config=config)
         return model
 
-    return Task(*split(pairs, 80), build, {"AdamW": 1e-4, "IP-SGD": 2e-2, "MeZO": 1e-4, "Addax": 2e-2})
+    return Task(balanced(pairs), build, {"AdamW": 1e-4, "IP-SGD": 2e-2, "MeZO": 1e-4, "Addax": 2e-2})
 
 
-TASKS: dict[str, Callable[[], Task]] = {"minilm": minilm, "albert": albert}
+TASKS: dict[str, Callable[[int | None], Task]] = {"minilm": minilm, "albert": albert}
 
 
 def batch_of(examples: Sequence[tuple[list[int], int]], indices: Sequence[int]) -> dict[str, Tensor]:
@@ -137,23 +144,24 @@ class Row:
 class Trainer:
     """One method: a model, and a step on indices of long and short examples."""
 
-    def __init__(self, method: str, task: Task, backend: str, alpha: float, eps: float, lr: float | None) -> None:
-        self.method, self.task = method, task
+    def __init__(self, method: str, task: Task, arguments: argparse.Namespace) -> None:
+        self.method = method
+        self.train, self.test = task.examples[arguments.held_out :], task.examples[: arguments.held_out]
         self.model = task.build().eval()  # no dropout anywhere; the published zeroth-order methods evaluate in eval mode
         self.plain = copy.copy(self.model)
-        if backend != "eager":
-            self.model.compile(backend=backend, dynamic=True)
-        rate = lr or task.lr[method]
+        if arguments.backend != "eager":
+            self.model.compile(backend=arguments.backend, dynamic=True)
+        rate = arguments.lr or task.lr[method]
         self.optimizer: torch.optim.Optimizer
         if method == "AdamW":
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate)
         else:
-            weight = {"IP-SGD": 0.0, "MeZO": 1.0, "Addax": alpha}[method]
-            self.optimizer = Addax(self.model.named_parameters(), lr=rate, alpha=weight, zo_eps=eps, seed=1)
+            weight = {"IP-SGD": 0.0, "MeZO": 1.0, "Addax": arguments.alpha}[method]
+            self.optimizer = Addax(self.model.named_parameters(), lr=rate, alpha=weight, zo_eps=arguments.zo_eps, seed=1)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         """Mean loss of training examples."""
-        result: Tensor = self.model(**batch_of(self.task.train, indices)).loss
+        result: Tensor = self.model(**batch_of(self.train, indices)).loss
         return result
 
     def step(self, long: Sequence[int], short: Sequence[int]) -> None:
@@ -174,19 +182,19 @@ class Trainer:
     def accuracy(self) -> float:
         """On the held-out examples."""
         right = 0
-        for start in range(0, len(self.task.test), 16):
-            batch = batch_of(self.task.test, range(start, min(start + 16, len(self.task.test))))
+        for start in range(0, len(self.test), 16):
+            batch = batch_of(self.test, range(start, min(start + 16, len(self.test))))
             logits = self.plain(**batch).logits
             right += int((logits.argmax(-1) == batch["labels"]).sum())
-        return right / len(self.task.test)
+        return right / len(self.test)
 
 
 def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
     """Train with one method."""
-    lengths = [len(ids) for ids, _ in task.train]
+    trainer = Trainer(method, task, arguments)
+    lengths = [len(ids) for ids, _ in trainer.train]
     threshold = sorted(lengths)[int(len(lengths) * arguments.short)]
     part = LengthPartition.at(lengths, threshold) if method == "Addax" else LengthPartition.whole(lengths)
-    trainer = Trainer(method, task, arguments.backend, arguments.alpha, arguments.zo_eps, arguments.lr)
     stream = part.batches(arguments.rows, arguments.rows, seed=2)
     steps = arguments.mezo_steps if method == "MeZO" else arguments.steps
     every = max(1, steps // arguments.points)
@@ -234,13 +242,15 @@ def main() -> None:
     parser.add_argument("--zo-eps", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=None, help="of every method; default: each model's own")
     parser.add_argument("--short", type=float, default=0.5, help="L_T: share of the training examples that are short")
+    parser.add_argument("--layers", type=int, default=None, help="only the first layers of the model")
+    parser.add_argument("--held-out", type=int, default=80, help="examples to test on")
     parser.add_argument("--points", type=int, default=20, help="evaluations a run")
     arguments = parser.parse_args()
     for name in arguments.models:
-        task = TASKS[name]()
-        lengths = sorted(len(ids) for ids, _ in task.train)
+        task = TASKS[name](arguments.layers)
+        lengths = sorted(len(ids) for ids, _ in task.examples)
         print(
-            f"{name}: {len(task.train)} examples to train on, {len(task.test)} held out; lengths {lengths[0]} to {lengths[-1]}, "
+            f"{name}: {len(lengths)} examples, {arguments.held_out} of them held out; lengths {lengths[0]} to {lengths[-1]}, "
             f"median {lengths[len(lengths) // 2]}; {arguments.backend}",
             flush=True,
         )

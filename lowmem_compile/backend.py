@@ -153,7 +153,9 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        ctx = Context(options=self.options, device=self.device, facts={"baseline": self.entry.baseline_partitions, "updates": self.updates})
+        ctx = Context(
+            options=self.options, device=self.device, facts={"baseline": self.entry.baseline_partitions, "updates": self.updates}
+        )
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
         return candidates.compiled.forward, candidates.compiled.backward

@@ -92,7 +92,7 @@ class Marking(TorchFunctionMode):
         super().__init__()
         self.updates, self.count = list(updates), count
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             args = tuple([self._marked(a) for a in args])
@@ -174,7 +174,7 @@ class Session:
         twice = [p for p in parameters if id(p) in self.claimed]
         if twice:
             raise GradientError(
-                f"{self.name_of(twice[0])} is read by two compiled graphs, or twice by one, in a single backward pass that updates "
+                f"{self.name_of(twice[0])} is read by two compiled graphs, or twice by one, in one backward pass that updates "
                 "parameters: the first update would change what the second backward graph reads. Call the model once a step, and "
                 "compile it in one piece (fullgraph=True shows what breaks the graph), or run it without torch.compile."
             )
@@ -191,8 +191,8 @@ class Session:
             return  # autograd calls the hook also where a compiled graph returned no gradient
         if id(parameter) in self.hooked:
             raise GradientError(
-                f"{self.name_of(parameter)} got a second gradient in a step that updates parameters in the backward pass. Gradients "
-                "are consumed at once and cannot be accumulated: call backward once a step, on a larger batch."
+                f"{self.name_of(parameter)} got a second gradient in a step that updates parameters in the backward pass. "
+                "Gradients are consumed at once and cannot be accumulated: call backward once a step, on a larger batch."
             )
         if gradient.is_sparse:
             raise GradientError(f"the gradient of {self.name_of(parameter)} is sparse; make it dense (sparse=False).")
@@ -253,8 +253,8 @@ def backward_with_updates(
             raise OptionError(f"unknown update rule {update.rule!r}; the rules are {', '.join(sorted(RULES))}")
         if p.grad is not None:
             raise GradientError(
-                f"{session.name_of(p)} has a gradient from before. A step that updates parameters in the backward pass cannot add to "
-                "it: gradients are neither accumulated nor clipped by their global norm. Set gradients to None before the step."
+                f"{session.name_of(p)} has a gradient from before. A step that updates in the backward pass cannot add "
+                "to it: gradients are neither accumulated nor clipped by their global norm. Set them to None before the step."
             )
     count = torch.zeros((), dtype=torch.int64)
     parameters = list(updates)
@@ -280,8 +280,8 @@ def backward_with_updates(
     if int(count) + len(both) > len(session.claimed):
         named = sorted(session.name_of(p) for p in parameters if id(p) in both)
         raise GradientError(
-            f"{', '.join(named)}: read by a compiled graph, which updated it, and by other code in the same step, whose gradient came "
-            "too. The parameters are not to be trusted any more: load a checkpoint, and compile all of the model or none of it."
+            f"{', '.join(named)}: read by a compiled graph, which updated it, and by other code in the same step, which gave a "
+            "gradient too. The parameters are not to be trusted now: load a checkpoint, and compile all of the model or none."
         )
     return loss, session.done
 

@@ -147,7 +147,7 @@ def add_rows(
 def row_sums(
     mask: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The indices [N] of rows [..., D], and for each the sum [N, D] of all rows with the same index, in the dtype of ``zeros``."""
+    """The indices [N] of rows [..., D], and for each the sum [N, D] of all rows with the same index, as wide as ``zeros``."""
     return _sums(*_flat(mask, index, rows, zeros), zeros)
 
 

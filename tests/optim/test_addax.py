@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -347,18 +348,21 @@ def test_closures_that_alpha_does_not_fit() -> None:
 def test_what_a_step_refuses_before_it_changes_anything() -> None:
     p = nn.Parameter(torch.ones(2))
     step = Addax([p], lr=0.1, alpha=0.5).step
-    fine = lambda: (p * p).sum()  # noqa: E731
+
+    def loss(factor: float = 1.0) -> Tensor:
+        return (p * factor).square().sum()
+
     with pytest.raises(GradientError, match=r"L\(θ \+ εz\) is nan"):
-        step(zeroth=lambda: (p * math.nan).sum(), first=fine)
+        step(zeroth=partial(loss, math.nan), first=loss)
     with pytest.raises(GradientError, match=r"L\(θ\) is inf"):
-        step(zeroth=fine, first=lambda: (p * math.inf).sum())
+        step(zeroth=loss, first=partial(loss, math.inf))
     with pytest.raises(GradientError, match=r"read no parameter of this optimizer"):
-        step(zeroth=lambda: torch.ones(()), first=fine)
+        step(zeroth=lambda: torch.ones(()), first=loss)
     with pytest.raises(GradientError, match=r"a tensor of one element"):
-        step(zeroth=lambda: p * p, first=fine)
+        step(zeroth=lambda: p * p, first=loss)
     p.grad = torch.ones(2)
     with pytest.raises(GradientError, match=r"parameter 0 has a gradient from before"):
-        step(zeroth=fine, first=fine)
+        step(zeroth=loss, first=loss)
     assert torch.equal(p, torch.ones(2))
 
 

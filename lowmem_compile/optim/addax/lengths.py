@@ -3,8 +3,8 @@
     D₀ = {i : length_i > L_T}     forward passes alone
     D₁ = {i : length_i ≤ L_T}     backward too
 
-Addax-WA ("without assignment") draws both batches from all examples. Where L_T should lie follows from memory: the backward pass on
-L_T tokens should not need more than there is (:meth:`LengthPartition.within`).
+Addax-WA ("without assignment") draws both batches from all examples. Where L_T should lie follows from memory: the backward pass
+on L_T tokens should not need more than there is (:meth:`LengthPartition.within`).
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ class LengthPartition:
                 high = middle
         if not low:
             raise BudgetError(
-                f"a first-order step on the shortest examples ({distinct[0]}) needs {peak(distinct[0])} bytes, more than the budget of "
-                f"{allowed}; take a smaller batch, or alpha=1, MeZO alone."
+                f"a first-order step on the shortest examples ({distinct[0]}) needs {peak(distinct[0])} bytes, more than the "
+                f"budget of {allowed}; take a smaller batch, or alpha=1, MeZO alone."
             )
         if low == len(distinct):
             raise OptionError(
-                f"first-order steps on all lengths, up to {distinct[-1]}, fit into {allowed} bytes: use alpha=0, in-place SGD alone, "
-                "or LengthPartition.whole(lengths)."
+                f"first-order steps on all lengths, up to {distinct[-1]}, fit into {allowed} bytes: use alpha=0, in-place SGD "
+                "alone, or LengthPartition.whole(lengths)."
             )
         return cls.at(lengths, distinct[low - 1])
 

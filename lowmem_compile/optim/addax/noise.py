@@ -1,9 +1,10 @@
 """The random direction z of a step: any block of rows of any parameter, from one seed, whenever it is needed.
 
 z has a standard normal number for each element of each parameter, in float32. Parameter k, read as a matrix [rows, width] of its
-first dimension by all others (a vector has width 1), is cut into blocks of R = max(1, 65536 // width) rows. Block j is the output
-of a generator seeded with mix(mix(s, k), j), s the seed of the step (SplitMix64, :func:`lowmem_compile.optim.bases.mix`). So z
-depends on the seed, the place of the parameter, its shape and the kind of device, not on who asks for which part.
+first dimension by all others (a vector has width 1), is cut into blocks of R rows: about a 128th of its elements, but at least
+8192 and at most 2²⁰ of them, and at least one row. Block j is the output of a generator seeded with mix(mix(s, k), j), s the seed
+of the step (SplitMix64, :func:`lowmem_compile.optim.bases.mix`). So z depends on the seed, the place of the parameter, its shape
+and the kind of device, not on who asks for which part.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from lowmem_compile.optim.bases import mix
 from lowmem_compile.optim.slots import compute_dtype
 
-BLOCK = 2**16
-"""Elements in a block: 256 KiB in float32."""
+SMALLEST, LARGEST, SHARE = 2**13, 2**20, 128
+"""Elements of a block: a 128th of the parameter, between 32 KiB and 4 MiB in float32."""
 
 
 def rows_of(p: Tensor) -> Tensor:
@@ -27,11 +28,12 @@ def rows_of(p: Tensor) -> Tensor:
 
 def block_rows(p: Tensor) -> int:
     """R: rows in a block of z."""
-    return max(1, BLOCK // max(1, p.shape[1:].numel()))
+    elements = min(max(p.numel() // SHARE, SMALLEST), LARGEST)
+    return max(1, elements // max(1, p.shape[1:].numel()))
 
 
-def spans(p: Tensor, elements: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that cover the parameter, of whole blocks, with about so many elements each."""
+def spans(p: Tensor, elements: int = 0) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that cover the parameter, of whole blocks: as many as have so many elements, at least one."""
     R = block_rows(p)
     step = max(1, elements // max(1, R * p.shape[1:].numel())) * R
     return ((a, min(a + step, p.shape[0])) for a in range(0, p.shape[0], step))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_compile.optim.addax.noise import BLOCK, block_rows, draw, perturbed_rows, rows_of, spans
+from lowmem_compile.optim.addax.noise import block_rows, draw, perturbed_rows, rows_of, spans
 from lowmem_compile.optim.slots import compute_dtype
 
 SHARE = 48
@@ -65,7 +65,7 @@ def perturbed_linear(x: Tensor, W: Tensor, bias: Tensor | None, seed: Tensor, sc
     flat = x.reshape(-1, x.shape[-1])
     out = x.new_empty(flat.shape[0], W.shape[0])
     per_element = compute_dtype(W.dtype).itemsize + (W.dtype.itemsize if W.dtype != compute_dtype(W.dtype) else 0)
-    elements = max(BLOCK, out.numel() * out.itemsize // SHARE // per_element)
+    elements = out.numel() * out.itemsize // SHARE // per_element
     for a, b in spans(W, elements):
         chunk = perturbed_rows(W, a, b, s, c, ordinal).to(x.dtype)
         torch.mm(flat, chunk.T, out=out[:, a:b])

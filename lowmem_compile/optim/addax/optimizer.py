@@ -67,7 +67,7 @@ class Addax(Optimizer):
         seed: of all directions z.
         gradient_norm: report ‖g1‖; costs a read of each gradient.
 
-    Gradients are consumed as they are made: ``param.grad`` stays ``None``, so accumulation, ``clip_grad_norm_`` and ``GradScaler``
+    Gradients are consumed as they are made: ``param.grad`` stays ``None``; accumulation, ``clip_grad_norm_`` and ``GradScaler``
     have nothing to work on. Parameters that the loss does not depend on are moved by z like all others, as in MeZO.
 
     Raises:
@@ -139,8 +139,8 @@ class Addax(Optimizer):
 
         Raises:
             OptionError: a closure is missing, or one is given that alpha leaves no part.
-            GradientError: a loss or g0 is not finite, a parameter has a gradient already, or the forward pass read no parameter of
-                this optimizer. Nothing has been changed then. For errors out of the backward pass see
+            GradientError: a loss or g0 is not finite, a parameter has a gradient already, or the forward pass read no parameter
+                of this optimizer. Nothing has been changed then. For errors out of the backward pass see
                 :func:`lowmem_compile.in_backward.backward_with_updates`.
         """
         settings = self.param_groups[0]
@@ -164,7 +164,9 @@ class Addax(Optimizer):
     def _check_closures(self, alpha: float, zeroth: Closure | None, first: Closure | None) -> None:
         for name, closure, weight in (("zeroth", zeroth, alpha), ("first", first, 1 - alpha)):
             if closure is None and weight > 0:
-                raise OptionError(f"Addax: alpha={alpha} gives the {name}-order part a weight of {weight}; pass step({name}=...).")
+                raise OptionError(
+                    f"Addax: alpha={alpha} gives the {name}-order part a weight of {weight}; pass step({name}=...)."
+                )
             if closure is not None and weight == 0:
                 raise OptionError(f"Addax: alpha={alpha} leaves the {name}-order part no weight; leave out step({name}=...).")
 
@@ -187,8 +189,8 @@ class Addax(Optimizer):
         plus = _finite(self._evaluate(closure, trained, seed, eps), "L(θ + εz)")
         if operations.runs == before:
             raise GradientError(
-                "the zeroth-order closure read no parameter of this optimizer that could be perturbed. It has to call the model that "
-                "the parameters belong to, as Python code or through torch.compile."
+                "the zeroth-order closure read no parameter of this optimizer that could be perturbed. It has to call the model "
+                "that the parameters belong to, as Python code or through torch.compile."
             )
         _set_random_state(state)
         minus = _finite(self._evaluate(closure, trained, seed, -eps), "L(θ - εz)")
@@ -217,7 +219,7 @@ class Addax(Optimizer):
                     updates[p] = Update("sgd", tensors[:1])
         loss, done = backward_with_updates(closure, updates, names=self._names(), check=lambda loss: _finite(loss, "L(θ)"))
         norm = math.sqrt(sum(float(s) for s in squares.values())) if log_norm else None
-        return float(loss), norm, done
+        return float(loss.detach()), norm, done
 
     def _names(self) -> dict[Tensor, str]:
         names: dict[Tensor, str] = {}
@@ -235,7 +237,7 @@ def _finite(loss: Tensor, what: str) -> float:
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise GradientError(f"a closure of Addax returns the loss, a tensor of one element, not {type(loss).__name__}.")
-    value = float(loss)
+    value = float(loss.detach())
     if not math.isfinite(value):
         raise GradientError(f"{what} is {value}; no parameter was changed. Lower the learning rate or zo_eps.")
     return value

@@ -25,8 +25,29 @@ from lowmem_compile.in_backward import ORDINAL
 from lowmem_compile.optim.addax import operations as _operations  # noqa: F401 (registers the operations)
 
 DESCRIBING = frozenset(
-    {"size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point", "is_complex"}
-    | {"storage_offset", "data_ptr", "untyped_storage", "get_device", "__len__", "__hash__", "is_pinned", "has_names", "dim_order"}
+    {
+        "size",
+        "dim",
+        "ndimension",
+        "stride",
+        "numel",
+        "nelement",
+        "element_size",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+    }
+    | {
+        "storage_offset",
+        "data_ptr",
+        "untyped_storage",
+        "get_device",
+        "__len__",
+        "__hash__",
+        "is_pinned",
+        "has_names",
+        "dim_order",
+    }
     | {"new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like", "full_like", "is_same_size"}
 )
 """Methods that do not read a parameter's values."""
@@ -60,7 +81,7 @@ class Perturbation(TorchFunctionMode):
         for p in self.parameters.values():
             delattr(p, ORDINAL)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _holds(args) and not _holds(kwargs.values()):
             return func(*args, **kwargs)
@@ -82,22 +103,27 @@ class Perturbation(TorchFunctionMode):
             return type(value)([self._instead(v) for v in value])
         return value
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 (torch's name)
-        input, bias = self._instead(input), self._instead(bias)
+    def _linear(self, *args: Any, **kwargs: Any) -> Tensor:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        x = self._instead(args[0] if args else kwargs["input"])
+        bias = self._instead(args[2] if len(args) > 2 else kwargs.get("bias"))
         ordinal = getattr(weight, ORDINAL, None)
         if ordinal is None:
-            return F.linear(input, weight, bias)
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        result: Tensor = torch.ops.lowmem.perturbed_linear(input, weight, bias, self.seed, self.scale, ordinal)
+            return F.linear(x, weight, bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result: Tensor = torch.ops.lowmem.perturbed_linear(x, weight, bias, self.seed, self.scale, ordinal)
         return result
 
-    def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def _embedding(self, *args: Any, **kwargs: Any) -> Tensor:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        index = args[0] if args else kwargs["input"]
         ordinal = getattr(weight, ORDINAL, None)
-        max_norm = kwargs.get("max_norm", args[1] if len(args) > 1 else None)
-        if ordinal is None or max_norm is not None:
-            return F.embedding(input, self._instead(weight), *args, **kwargs)
-        result: Tensor = torch.ops.lowmem.perturbed_embedding(input, weight, self.seed, self.scale, ordinal)
+        renormalised = (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None
+        if ordinal is None or renormalised:
+            options = {key: v for key, v in kwargs.items() if key not in ("input", "weight")}
+            return F.embedding(index, self._instead(weight), *args[2:], **options)
+        result: Tensor = torch.ops.lowmem.perturbed_embedding(index, weight, self.seed, self.scale, ordinal)
         return result
 
 
