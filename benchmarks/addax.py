@@ -174,7 +174,7 @@ class Trainer:
                 closures["first"] = lambda: self.loss(short)
             self.optimizer.step(**closures)
         else:
-            self.loss(short).backward()  # type: ignore[no-untyped-call]
+            self.loss(short).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -195,7 +195,8 @@ def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
     lengths = [len(ids) for ids, _ in trainer.train]
     threshold = sorted(lengths)[int(len(lengths) * arguments.short)]
     part = LengthPartition.at(lengths, threshold) if method == "Addax" else LengthPartition.whole(lengths)
-    stream = part.batches(arguments.rows, arguments.rows, seed=2)
+    first_rows = arguments.first_rows if method == "Addax" and arguments.first_rows else arguments.rows
+    stream = part.batches(arguments.rows, first_rows, seed=2)
     steps = arguments.mezo_steps if method == "MeZO" else arguments.steps
     every = max(1, steps // arguments.points)
     curve, seconds = [(0, trainer.accuracy())], 0.0
@@ -206,11 +207,30 @@ def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
         seconds += time.perf_counter() - start if step > 1 else 0.0
         if step % every == 0 or step == steps:
             curve.append((step, trainer.accuracy()))
-    longest = [sorted(side, key=lambda i: -lengths[i])[: arguments.rows] for side in (part.zeroth, part.first)]
+    sides = ((part.zeroth, arguments.rows), (part.first, first_rows))
+    longest = [sorted(side, key=lambda i: -lengths[i])[:size] for side, size in sides]
     trainer.step(*longest)  # compiles, if these shapes are new
-    peak = peak_bytes(lambda: trainer.step(*longest) or torch.zeros(()), lambda _: None).peak
+
+    def one_step() -> Tensor:
+        trainer.step(*longest)
+        return torch.zeros(())
+
+    peak = peak_bytes(one_step, lambda _: None).peak
     state = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     return Row(method, curve[-1][1], steps, seconds, peak, state, curve)
+
+
+def inference_peak(task: Task, arguments: argparse.Namespace) -> int:
+    """Bytes of one forward pass without gradients on the longest batch: what MeZO's peak is to be compared with."""
+    trainer = Trainer("IP-SGD", task, arguments)
+    longest = sorted(range(len(trainer.train)), key=lambda i: -len(trainer.train[i][0]))[: arguments.rows]
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return trainer.loss(longest)
+
+    forward()
+    return peak_bytes(forward, lambda _: None).peak
 
 
 def table(name: str, rows: list[Row]) -> str:
@@ -237,7 +257,8 @@ def main() -> None:
     parser.add_argument("--backend", default="lowmem", help="lowmem, inductor, ... or eager")
     parser.add_argument("--steps", type=int, default=100, help="of all but MeZO")
     parser.add_argument("--mezo-steps", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=8, help="examples a batch: K₀ = K₁")
+    parser.add_argument("--rows", type=int, default=8, help="examples a batch")
+    parser.add_argument("--first-rows", type=int, default=None, help="K₁ of Addax, where it is to differ from K₀")
     parser.add_argument("--alpha", type=float, default=1e-3)
     parser.add_argument("--zo-eps", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=None, help="of every method; default: each model's own")
@@ -254,6 +275,7 @@ def main() -> None:
             f"median {lengths[len(lengths) // 2]}; {arguments.backend}",
             flush=True,
         )
+        print(f"  peak of inference on the longest batch: {inference_peak(task, arguments) / 2**20:.1f} MiB", flush=True)
         rows = []
         for method in arguments.methods:
             rows.append(run(method, task, arguments))

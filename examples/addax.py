@@ -2,13 +2,14 @@
 
     pip install "lowmem[hf]"; python examples/addax.py
 
-The optimizer keeps no state, and no gradient of the whole model exists at any time. Runs eagerly; with `model.compile(backend="lowmem",
-dynamic=True)` the updates stand inside the compiled backward graph.
+The optimizer keeps no state, and no gradient of the whole model exists at any time. Runs eagerly; with
+`model.compile(backend="lowmem", dynamic=True)` the updates stand inside the compiled backward graph.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.resources import files
 from pydoc_data.topics import topics
 
@@ -44,7 +45,7 @@ def main() -> None:
     optimizer = Addax(model.named_parameters(), lr=2e-2, alpha=1e-4, gradient_norm=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
     for number, (long, short) in zip(range(STEPS), part.batches(zeroth=ROWS, first=ROWS), strict=False):
-        step = optimizer.step(zeroth=lambda long=long: loss(long), first=lambda short=short: loss(short))
+        step = optimizer.step(zeroth=partial(loss, long), first=partial(loss, short))
         schedule.step()
         print(
             f"step {number + 1}: long {step.zeroth_loss:.3f} (slope {step.g0:+.2f}), "

@@ -79,10 +79,12 @@ class Update:
     tensors: tuple[Tensor, ...] = ()
 
 
-@torch.compiler.allow_in_graph
 def mark(parameter: Tensor, rule: str, count: Tensor, *tensors: Tensor) -> Tensor:  # noqa: ARG001
     """The parameter itself. In a Dynamo graph the call says which rule, with which tensors, is to update it."""
     return parameter
+
+
+torch.compiler.allow_in_graph(mark)
 
 
 class Marking(TorchFunctionMode):
@@ -129,7 +131,7 @@ def take_marks(gm: fx.GraphModule) -> tuple[Planned, ...]:
         parameter, rule, count, *tensors = node.args
         if not isinstance(parameter, fx.Node) or parameter not in place or not isinstance(rule, str):
             raise AssertionError(f"{node.format_node()} marks what is no input of the graph")
-        found[place[parameter]] = Planned(place[parameter], rule, place[count], tuple(place[t] for t in tensors))  # type: ignore[index]
+        found[place[parameter]] = Planned(place[parameter], rule, place[count], tuple(place[t] for t in tensors))
         node.replace_all_uses_with(parameter)
         gm.graph.erase_node(node)
     if found:
@@ -269,7 +271,7 @@ def backward_with_updates(
         if session.hooked:
             raise GradientError("the closure called backward itself; let it return the loss.")
         check(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     finally:
         SESSIONS.pop()
         for hook in hooks:

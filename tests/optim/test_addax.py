@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -120,8 +120,8 @@ def test_the_perturbed_forward_pass_is_the_model_at_the_moved_parameters(autocas
         want, plain = moved(model, zs, 0.01)(x), model(x)
         with Perturbation(dict(enumerate(model.parameters())), 5, 0.01):
             got = model(x)
-    assert abs(plain - want) > 1e-2
-    assert abs(got - want) <= (1e-2 if autocast else 1e-6)  # bf16 products of other sizes; z is float32
+    assert abs(plain - want) > 1e-3
+    assert abs(got - want) <= (1e-3 if autocast else 1e-6)  # bf16 products of other sizes; z is float32
 
 
 def test_other_operations_read_perturbed_parameters_and_shapes_cost_nothing() -> None:
@@ -209,12 +209,12 @@ def test_the_scratch_memory_of_a_perturbed_forward_pass() -> None:
     parameters = dict(enumerate(model.parameters()))
 
     @torch.no_grad()
-    def perturbed() -> Tensor:
+    def perturbed() -> Any:
         with Perturbation(parameters, 1, 1e-3):
             return model(x).mean()
 
     @torch.no_grad()
-    def plain() -> Tensor:
+    def plain() -> Any:
         return model(x).mean()
 
     def peak(forward: Callable[[], Tensor]) -> int:
@@ -228,8 +228,8 @@ def test_the_scratch_memory_of_a_perturbed_forward_pass() -> None:
 @pytest.mark.e2e
 def test_with_generated_code_a_step_is_the_restated_one_and_the_forward_peak_that_of_inference() -> None:
     class Small(nn.Sequential):
-        def forward(self, index: Tensor) -> Tensor:
-            return super().forward(index).square().mean()
+        def forward(self, index: Tensor) -> Any:
+            return super().forward(index).square().mean()  # type: ignore[no-untyped-call]
 
     model = Small(nn.Embedding(V, 64), nn.Linear(64, 1200), nn.GELU(), nn.Linear(1200, 64))
     twin = copy.deepcopy(model)
@@ -248,12 +248,12 @@ def test_with_generated_code_a_step_is_the_restated_one_and_the_forward_peak_tha
     parameters = dict(enumerate(model.parameters()))
 
     @torch.no_grad()
-    def perturbed() -> Tensor:
+    def perturbed() -> Any:
         with Perturbation(parameters, 1, 1e-3):
             return model(long)
 
     @torch.no_grad()
-    def plain() -> Tensor:
+    def plain() -> Any:
         return model(long)
 
     peaks = []
@@ -297,7 +297,10 @@ def test_frozen_parameters_groups_and_gradient_norm() -> None:
     model, x = Net(), indices()
     model.embedding.weight.requires_grad_(False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    groups = [{"params": [model.up.weight, model.embedding.weight], "lr": 0.0}, {"params": list(model.down.parameters())}]
+    groups: list[dict[str, Any]] = [
+        {"params": [model.up.weight, model.embedding.weight], "lr": 0.0},
+        {"params": list(model.down.parameters())},
+    ]
     optimizer = Addax(groups, lr=1e-2, alpha=0.5, gradient_norm=True)
     result = optimizer.step(zeroth=lambda: model(x), first=lambda: model(x))
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -326,7 +329,7 @@ def test_settings_outside_their_range(wrong: dict[str, Any], message: str) -> No
 def test_groups_that_disagree_or_have_an_unknown_setting() -> None:
     p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
     with pytest.raises(OptionError, match=r"group 1 has alpha=0.2; it is one setting for all groups, and group 0 has 0.5"):
-        Addax([{"params": [p]}, {"params": [q], "alpha": 0.2}], alpha=0.5)
+        Addax(cast("list[dict[str, Any]]", [{"params": [p]}, {"params": [q], "alpha": 0.2}]), alpha=0.5)
     with pytest.raises(OptionError, match=r"no option 'epsilon'"):
         Addax([{"params": [p], "epsilon": 0.2}])
 
@@ -411,7 +414,7 @@ def test_thresholds_that_leave_a_side_empty() -> None:
 def test_the_simulated_peak_of_a_step_grows_with_the_length() -> None:
     model = nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
 
-    def loss(index: Tensor) -> Tensor:
+    def loss(index: Tensor) -> Any:
         return model(index).square().mean()
 
     peak = step_peaks(loss, lambda length: {"index": torch.zeros(4, length, dtype=torch.int64)}, {"codec": "none"})

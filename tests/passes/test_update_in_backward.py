@@ -34,7 +34,7 @@ class Net(nn.Module):
             self.head.weight = self.embedding.weight
         self.to(dtype)
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, index: Tensor) -> Any:
         x = self.embedding(index)
         for _ in range(2):
             x = x + self.down(F.gelu(self.up(self.norm(x))))
@@ -160,7 +160,7 @@ def test_an_embedding_with_a_padding_index_and_one_that_is_smaller_than_the_batc
         model = nn.Embedding(rows, D, padding_idx=1)
         x = torch.randint(4, (3, 5))
 
-        def loss(x: Tensor, model: nn.Module = model) -> Tensor:
+        def loss(x: Tensor, model: nn.Module = model) -> Any:
             return model(x).square().sum(-1).sqrt().sum()
 
         call = compile_graphs(loss)
@@ -269,7 +269,7 @@ class Broken(nn.Module):
         self.a = nn.Linear(D, D)
         self.b = self.a if shared else nn.Linear(D, D)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.a(x).tanh()
         torch._dynamo.graph_break()
         return self.b(x).square().sum()
@@ -312,7 +312,7 @@ def test_accumulation_is_refused() -> None:
 def test_a_closure_that_calls_backward_is_refused() -> None:
     model, x = Net(), index()
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         loss = model(x)
         loss.backward(retain_graph=True)
         return loss
@@ -335,7 +335,7 @@ def test_with_generated_code_the_peak_holds_no_sum_of_gradients() -> None:
     twin, x = copy.deepcopy(model), torch.randn(4, width)
 
     def peak(model: nn.Module, *, updates: bool) -> int:
-        def loss(x: Tensor) -> Tensor:
+        def loss(x: Tensor) -> Any:
             return model(x).square().mean()
 
         call = torch.compile(loss, backend="lowmem")

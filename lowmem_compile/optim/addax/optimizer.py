@@ -229,7 +229,7 @@ class Addax(Optimizer):
         return names
 
 
-def _finite(loss: Tensor, what: str) -> float:
+def _finite(loss: object, what: str) -> float:
     """The loss as a number.
 
     Raises:

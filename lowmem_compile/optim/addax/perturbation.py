@@ -73,11 +73,11 @@ class Perturbation(TorchFunctionMode):
     def __enter__(self) -> Self:
         for i, p in self.parameters.items():
             setattr(p, ORDINAL, i)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for p in self.parameters.values():
             delattr(p, ORDINAL)
 
