@@ -24,10 +24,11 @@ RATE = 0.5
 
 
 class Net(nn.Module):
-    """An embedding, a block that is used twice, a norm, and a head; returns the loss."""
+    """An embedding, a block that may be used more than once, a norm, and a head; returns the loss."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, *, tied: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, *, tied: bool = False, uses: int = 1) -> None:
         super().__init__()
+        self.uses = uses
         self.embedding, self.up, self.down = nn.Embedding(V, D), nn.Linear(D, 3 * D), nn.Linear(3 * D, D)
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, V, bias=False)
         if tied:
@@ -36,7 +37,7 @@ class Net(nn.Module):
 
     def forward(self, index: Tensor) -> Any:
         x = self.embedding(index)
-        for _ in range(2):
+        for _ in range(self.uses):
             x = x + self.down(F.gelu(self.up(self.norm(x))))
         return self.head(x).float().logsumexp(-1).mean()
 
@@ -65,6 +66,11 @@ def index(rows: int = 3, length: int = 5) -> Tensor:
     return torch.randint(V, (rows, length))
 
 
+def graphs_of(model: Callable[..., Any], **options: Any) -> Graphs:
+    """Compiled up to the partition; the full check of every graph is for :func:`test_a_step_is_sgd`."""
+    return compile_graphs(model, check="lint", **options)
+
+
 def gradients(graph: fx.Graph) -> list[Any]:
     """The gradients that the backward graph returns."""
     return [v for v in output_values(graph) if v is not None]
@@ -74,7 +80,7 @@ def gradients(graph: fx.Graph) -> list[Any]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_is_sgd(dtype: torch.dtype, tied: bool, compiled: bool) -> None:
-    model, x = Net(dtype, tied=tied), index()
+    model, x = Net(dtype, tied=tied, uses=2), index()
     call: Callable[..., Tensor] = compile_graphs(model) if compiled else model
     for _ in range(2):
         want = plain_sgd(model, x)
@@ -91,7 +97,7 @@ def test_a_step_is_sgd(dtype: torch.dtype, tied: bool, compiled: bool) -> None:
 
 def test_elsewhere_the_model_has_its_ordinary_graphs() -> None:
     model, x = Net(), index()
-    call = compile_graphs(model)
+    call = graphs_of(model)
     call(x).backward()
     assert all(p.grad is not None for p in model.parameters())
     model.zero_grad()
@@ -107,7 +113,7 @@ def test_elsewhere_the_model_has_its_ordinary_graphs() -> None:
 
 def test_a_schedule_compiles_nothing_anew() -> None:
     model, x = Net(), index()
-    call = compile_graphs(model)
+    call = graphs_of(model)
     for rate in (0.5, 0.25, 0.125):
         want = plain_sgd(model, x, rate=rate)
         backward_with_updates(lambda: call(x), sgd_for(model, rate))
@@ -118,7 +124,7 @@ def test_a_schedule_compiles_nothing_anew() -> None:
 def test_no_two_large_gradients_are_alive_at_once() -> None:
     """In graph order: from where a gradient is made to where it is consumed."""
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
-    call = compile_graphs(lambda x: model(x).square().mean())
+    call = graphs_of(lambda x: model(x).square().mean())
     backward_with_updates(lambda: call(torch.randn(4, 32)), sgd_for(model))
     nodes = list(call.chosen.backward.graph.nodes)
     place = {n: i for i, n in enumerate(nodes)}
@@ -133,7 +139,7 @@ def test_no_two_large_gradients_are_alive_at_once() -> None:
 
 def test_an_update_stands_behind_the_last_reader_of_the_old_value() -> None:
     model, x = Net(), index()
-    call = compile_graphs(model)
+    call = graphs_of(model)
     backward_with_updates(lambda: call(x), sgd_for(model))
     order = {n: i for i, n in enumerate(call.chosen.backward.graph.nodes)}
     for write in (n for n in order if n.target == COPY):
@@ -144,7 +150,7 @@ def test_an_update_stands_behind_the_last_reader_of_the_old_value() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_embedding_changes_by_rows(dtype: torch.dtype) -> None:
     model, x = Net(dtype), torch.tensor([[1, 7, 7], [7, 0, 1]])
-    call, before = compile_graphs(model), state(model)
+    call, before = graphs_of(model), state(model)
     backward_with_updates(lambda: call(x), sgd_for(model))
     whole = [n for n in call.chosen.backward.graph.nodes if n.op == "call_function" and n.meta["val"].shape == (V, D)]
     table = [n for n in whole if n.target == torch.ops.aten._unsafe_index_put.default]
@@ -163,7 +169,7 @@ def test_an_embedding_with_a_padding_index_and_one_that_is_smaller_than_the_batc
         def loss(x: Tensor, model: nn.Module = model) -> Any:
             return model(x).square().sum(-1).sqrt().sum()
 
-        call = compile_graphs(loss)
+        call = graphs_of(loss)
         want = plain_loss_step(loss, model, x)
         backward_with_updates(lambda: call(x), sgd_for(model))  # noqa: B023
         assert_same(state(model), want, TOLERANCE[torch.float32])
@@ -177,7 +183,7 @@ def plain_loss_step(loss: Callable[[Tensor], Tensor], model: nn.Module, x: Tenso
 
 def test_sizes_may_be_dynamic() -> None:
     model = Net()
-    call = compile_graphs(model, dynamic=True)
+    call = graphs_of(model, dynamic=True)
     for shape in ((3, 5), (2, 7), (4, 6)):
         x = index(*shape)
         want = plain_sgd(model, x)
@@ -189,7 +195,7 @@ def test_sizes_may_be_dynamic() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rules_with_decay_and_with_a_state(compiled: bool) -> None:
     model, x = Net(), index()
-    call: Callable[..., Tensor] = compile_graphs(model) if compiled else model
+    call: Callable[..., Tensor] = graphs_of(model) if compiled else model
     for _ in range(2):
         squares, rate, decay = torch.zeros(()), scalar(RATE), scalar(0.1)
         want = plain_sgd(model, x, decay=0.1)
@@ -214,7 +220,7 @@ def momentum() -> Iterator[str]:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_any_rule_with_states_of_its_own(momentum: str, compiled: bool) -> None:
     model, x = Net(), index()
-    call: Callable[..., Tensor] = compile_graphs(model) if compiled else model
+    call: Callable[..., Tensor] = graphs_of(model) if compiled else model
     twin = copy.deepcopy(model)
     reference = torch.optim.SGD(twin.parameters(), lr=RATE, momentum=0.9)
     states = {p: torch.zeros_like(p, requires_grad=False) for p in model.parameters()}
@@ -230,7 +236,7 @@ def test_any_rule_with_states_of_its_own(momentum: str, compiled: bool) -> None:
 def test_parameters_without_a_rule_get_a_gradient() -> None:
     model, x = Net(), index()
     model.norm.weight.requires_grad_(False)
-    call = compile_graphs(model)
+    call = graphs_of(model)
     updates = sgd_for(model)
     del updates[model.up.bias], updates[model.norm.weight]
     backward_with_updates(lambda: call(x), updates)
@@ -239,7 +245,7 @@ def test_parameters_without_a_rule_get_a_gradient() -> None:
 
 def test_switched_off_the_rule_runs_after_the_backward_graph() -> None:
     model, x = Net(), index()
-    call = compile_graphs(model, disable=[NAME])
+    call = graphs_of(model, disable=[NAME])
     want = plain_sgd(model, x)
     backward_with_updates(lambda: call(x), sgd_for(model))
     assert_same(state(model), want, TOLERANCE[torch.float32])
@@ -256,7 +262,7 @@ def test_another_backend_gives_the_same() -> None:
 
 def test_bytes_are_those_of_the_gradient() -> None:
     model = nn.Linear(12, 7)
-    call = compile_graphs(lambda x: model(x).square().sum())
+    call = graphs_of(lambda x: model(x).square().sum())
     backward_with_updates(lambda: call(torch.randn(3, 12)), sgd_for(model))
     assert sorted(s.bytes_before - s.bytes_after for s in call.sites(NAME)) == [7 * 4, 7 * 12 * 4]
 
@@ -277,7 +283,7 @@ class Broken(nn.Module):
 
 def test_two_graphs_with_parameters_of_their_own() -> None:
     model, x = Broken(shared=False), torch.randn(4, D)
-    call = compile_graphs(model)
+    call = graphs_of(model)
     want = plain_sgd(model, x)
     backward_with_updates(lambda: call(x), sgd_for(model))
     assert_same(state(model), want, TOLERANCE[torch.float32])
@@ -286,7 +292,7 @@ def test_two_graphs_with_parameters_of_their_own() -> None:
 
 def test_two_graphs_that_share_a_parameter_are_refused_before_anything_changes() -> None:
     model, x = Broken(shared=True), torch.randn(4, D)
-    call, before = compile_graphs(model), state(model)
+    call, before = graphs_of(model), state(model)
     with pytest.raises(GradientError, match="two compiled graphs"):
         backward_with_updates(lambda: call(x), sgd_for(model))
     assert_same(state(model), before, 0.0)
@@ -294,7 +300,7 @@ def test_two_graphs_that_share_a_parameter_are_refused_before_anything_changes()
 
 def test_compiled_and_eager_uses_of_a_parameter_are_refused() -> None:
     model, x = nn.Linear(D, D), torch.randn(4, D)
-    call = compile_graphs(lambda x: model(x).tanh())
+    call = graphs_of(lambda x: model(x).tanh())
     with pytest.raises(GradientError, match="not to be trusted"):
         backward_with_updates(lambda: model(call(x)).square().sum(), sgd_for(model))
 
