@@ -28,6 +28,7 @@ from lowmem_compile.autocast import ambient_autocast, autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
+from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, with_claims
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
@@ -66,11 +67,16 @@ def lowmem(
     """
     settings = Options.from_dict(options)
     patches = {**OWN_CONFIG, **_mode_patches(mode), **settings.inductor}
+    updates = take_marks(gm)
+    if any(hasattr(i, ORDINAL) for i in example_inputs):
+        from lowmem_compile.optim.addax.perturbation import complete
+
+        complete(gm, example_inputs)
 
     def build(graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput]) -> Callable[..., Any]:
-        return compile_graph(graph, inputs, args, taps, settings, dict(patches), inner_compile)
+        return compile_graph(graph, inputs, args, taps, updates, settings, dict(patches), inner_compile)
 
-    positions = tapped_positions(gm, example_inputs) if may_tap(settings) else []
+    positions = tapped_positions(gm, example_inputs) if may_tap(settings) and not updates else []
     if positions:
         return Variants(gm, example_inputs, positions, build)
     return build(gm, list(example_inputs), example_inputs, {})
@@ -86,6 +92,7 @@ def compile_graph(
     inputs: list[Any],
     args: Sequence[Any],
     taps: Mapping[str, TapInput],
+    updates: Sequence[Planned],
     settings: Options,
     patches: dict[str, Any],
     inner_compile: Callable[..., Any] | None,
@@ -97,11 +104,12 @@ def compile_graph(
         inputs: what is compiled for: real or fake tensors and sizes, one a placeholder.
         args: the real tensors of this call.
         taps: weights whose gradients may be projected, by the name of their placeholder.
+        updates: parameters that the backward graph is to update.
         settings: the options.
         patches: Inductor's configuration.
         inner_compile: see :func:`lowmem`.
     """
-    entry = register(gm, args, settings, identity(settings))
+    entry = register(gm, args, settings, identity(settings, updates))
     recorder = entry.recorder
     device = next((i.device.type for i in args if isinstance(i, torch.Tensor)), "cpu")
     facts = {**dynamo_facts(gm, args, device, entry), "taps": taps}
@@ -111,7 +119,7 @@ def compile_graph(
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
         entry.baseline = functools.partial(count_baseline, untouched, list(inputs), patches, ambient_autocast(device))
     gm.recompile()
-    partitioner = Partitioner(settings, device, entry, args if settings.calibrate else ())
+    partitioner = Partitioner(settings, device, entry, args if settings.calibrate else (), updates)
     patches = {**patches, "custom_partitioner_fn": partitioner}
     more: dict[str, Any] = {}
     if inner_compile is not None:
@@ -122,7 +130,7 @@ def compile_graph(
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, **more)
     finally:
         partitioner.inputs = ()
-    return cast("Callable[..., Any]", compiled)
+    return with_claims(cast("Callable[..., Any]", compiled), updates)
 
 
 lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
@@ -181,8 +189,11 @@ class Partitioner(CustomPartitionerFn):
     are is not part of the uuid: a compile that the cache answers keeps the measurement it was made with.
     """
 
-    def __init__(self, options: Options, device: str, entry: Any, inputs: Sequence[Any] = ()) -> None:
-        self.options, self.device, self.entry, self.inputs = options, device, entry, inputs
+    def __init__(
+        self, options: Options, device: str, entry: Any, inputs: Sequence[Any] = (), updates: Sequence[Planned] = ()
+    ) -> None:
+        self.options, self.device, self.entry = options, device, entry
+        self.inputs, self.updates = inputs, updates
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
@@ -193,14 +204,14 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        facts = {"baseline": self.entry.baseline_partitions, "example_inputs": self.inputs}
+        facts = {"baseline": self.entry.baseline_partitions, "example_inputs": self.inputs, "updates": self.updates}
         ctx = Context(options=self.options, device=self.device, facts=facts)
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
         return candidates.compiled.forward, candidates.compiled.backward
 
     def uuid(self) -> str:
-        return identity(self.options)
+        return identity(self.options, self.updates)
 
 
 def decompositions(options: Options) -> StableDecompositions:
@@ -209,9 +220,10 @@ def decompositions(options: Options) -> StableDecompositions:
     return StableDecompositions(table, identity(options))
 
 
-def identity(options: Options) -> str:
-    """Hash of the package's sources, the options and the versions: the cache key of everything lowmem does."""
-    return hashlib.sha256(f"{sources_hash()}{options.key()}{torch.__version__}{_triton_version()}".encode()).hexdigest()
+def identity(options: Options, updates: Sequence[Planned] = ()) -> str:
+    """Hash of the package's sources, the options, the updates and the versions: the cache key of everything lowmem does."""
+    parts = (sources_hash(), options.key(), torch.__version__, _triton_version(), plan_key(updates))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 @functools.cache

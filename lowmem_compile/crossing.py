@@ -1,6 +1,7 @@
 """Tensors that cross from the forward to the backward graph: exchange one for the parts it is stored in.
 
-For passes of the saved stage, whose context holds the facts of :func:`lowmem_compile.partition.run_saved_stage`.
+For passes of the backward and the saved stage, whose context holds the facts of
+:func:`lowmem_compile.partition.backward_context` and :func:`lowmem_compile.partition.saved_context`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from lowmem_compile.contract import Context
-from lowmem_compile.graph import output_values, storage_root
+from lowmem_compile.graph import graph_input, is_tangent, output_values, placeholders, storage_root, tensor_of
 
 
 def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.Node]) -> list[fx.Node]:
@@ -36,6 +37,33 @@ def exchange(graph: fx.Graph, ctx: Context, node: fx.Node, parts: Sequence[fx.No
         new.meta["val"] = part.meta["val"]
         made.append(new)
     return made
+
+
+def carry_input(backward: fx.Graph, ctx: Context, index: int) -> fx.Node:
+    """The backward graph's placeholder for the index-th input of the Dynamo graph; made, and saved by the forward, if need be.
+
+    For passes of the backward stage, whose context holds the forward graph.
+    """
+    forward: fx.Graph = ctx.facts["forward"]
+    node = graph_input(forward, index)
+    if node is None:
+        raise AssertionError(f"the forward graph has no input {index}")
+    inputs = placeholders(backward)
+    known = next((n for n in inputs if n.target == node.target), None)
+    if known is not None:
+        return known
+    output, values = forward.output_node(), list(output_values(forward))
+    # The forward graph returns saved tensors, then sizes; the backward graph takes sizes, saved tensors, then tangents.
+    end = ctx.facts["num_user_outputs"]
+    while end < len(values) and isinstance(values[end], fx.Node) and tensor_of(values[end]) is not None:
+        end += 1
+    output.args = ((*values[:end], node, *values[end:]),)
+    # Several graphs of a step may change it (a sum over all parameters), which is no error: no check of its version.
+    node.meta["saved_tensor_with_no_vc_check"] = True
+    with backward.inserting_before(next(n for n in inputs if is_tangent(n))):
+        new = backward.placeholder(node.name)
+    new.meta = dict(node.meta)
+    return new
 
 
 def retire(ctx: Context, node: fx.Node) -> None:

@@ -143,6 +143,11 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder"]
 
 
+def graph_input(graph: fx.Graph, index: int) -> fx.Node | None:
+    """The input of a joint or forward graph that is the index-th of the Dynamo graph, or ``None``."""
+    return next((n for n in placeholders(graph) if getattr(n.meta.get("desc"), "idx", None) == index and not is_tangent(n)), None)
+
+
 def is_tangent(node: fx.Node) -> bool:
     """True for a placeholder that holds a gradient of an output."""
     return node.op == "placeholder" and "tangents" in str(node.target)

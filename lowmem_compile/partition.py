@@ -141,7 +141,7 @@ def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | 
     if stock.saved_bytes() < SMALLEST_GRAPH:
         return None
     trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
-    run_stage(Stage.BACKWARD, trial.backward, ctx, None)
+    run_stage(Stage.BACKWARD, trial.backward, backward_context(trial, ctx), None)
     context = saved_context(trial, ctx)
     measured = calibrated(trial, context) if ctx.options.calibrate else {}
     planner = Planner(trial, context, measured)
@@ -253,10 +253,16 @@ def after_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) ->
 
 def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> None:
     """Run the passes over the backward graph, then those over the tensors that cross from forward to backward."""
-    run_stage(Stage.BACKWARD, partition.backward, ctx, recorder)
+    run_stage(Stage.BACKWARD, partition.backward, backward_context(partition, ctx), recorder)
     run_stage(Stage.SAVED, partition.forward, saved_context(partition, ctx), recorder)
     partition.forward.recompile()
     partition.backward.recompile()
+
+
+def backward_context(partition: Partition, ctx: Context) -> Context:
+    """The context of the passes over the backward graph."""
+    facts = {"forward": partition.forward.graph, "num_user_outputs": partition.num_user_outputs}
+    return replace(ctx, facts={**ctx.facts, **facts})
 
 
 def saved_context(partition: Partition, ctx: Context) -> Context:

@@ -29,6 +29,7 @@ from lowmem_compile.passes.projection_taps import ProjectionTaps
 from lowmem_compile.passes.recognise_activation import RecogniseActivation
 from lowmem_compile.passes.recognise_norm import RecogniseNorm
 from lowmem_compile.passes.recompute_saved import RecomputeSaved
+from lowmem_compile.passes.update_in_backward import UpdateInBackward
 from lowmem_compile.reporting.model import PassRun, Site
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ PASSES: tuple[Pass, ...] = (
     ProjectionTaps(),  # last of its stage: a head that the chunked loss takes is not tapped
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
+    UpdateInBackward(),  # before embedding_gradient: an embedding's update needs no gradient of the embedding's size
     EmbeddingGradient(),
     RecomputeSaved(),  # before the codecs: what it reads may be kept as codes
     PackMasks(),

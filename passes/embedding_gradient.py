@@ -83,7 +83,7 @@ class EmbeddingGradient:
     numerics = Numerics.REASSOCIATED
 
     def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:  # noqa: ARG002
-        return [Match(n) for n in graph.find_nodes(op="call_function", target=SCATTER) if _sums_rows(n)]
+        return [Match(n) for n in graph.find_nodes(op="call_function", target=SCATTER) if sums_rows(n)]
 
     def check(self, match: Match, ctx: Context) -> Decline | None:  # noqa: ARG002
         node = match.node
@@ -131,7 +131,7 @@ def sum_rows(
     mask: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """``zeros`` [V, D] plus the rows [..., D] at ``index`` [...], rounded once to ``dtype``."""
-    at, sums = _sums(*_flat(mask, index, rows, zeros), zeros)
+    at, sums = row_sums(mask, index, rows, zeros)
     return scatter_rows(sums.to(dtype), at, zeros.shape[0])
 
 
@@ -141,9 +141,16 @@ def add_rows(
     """``other`` [V, D] plus the rows [..., D] at ``index`` [...]: added in the dtype of ``zeros``, rounded once."""
     at, flat = _flat(mask, index, rows, zeros)
     if other.dtype == zeros.dtype:
-        return _put(other, at, flat, accumulate=True)
+        return put_rows(other, at, flat, accumulate=True)
     at, sums = _sums(at, flat, zeros)
-    return _put(other, at, (aten._unsafe_index(other, [at]) + sums).to(other.dtype))
+    return put_rows(other, at, (aten._unsafe_index(other, [at]) + sums).to(other.dtype))
+
+
+def row_sums(
+    mask: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices [N] of rows [..., D], and for each the sum [N, D] of all rows with the same index, as wide as ``zeros``."""
+    return _sums(*_flat(mask, index, rows, zeros), zeros)
 
 
 def _flat(mask: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,13 +162,13 @@ def _flat(mask: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, zeros: to
 def _sums(at: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The indices, and for each of the N positions the sum of all rows with the same index."""
     positions = torch.arange(at.shape[0], dtype=torch.int32, device=at.device)
-    owner = _put(zeros.new_zeros(zeros.shape[:1], dtype=torch.int32), at, positions)
+    owner = put_rows(zeros.new_zeros(zeros.shape[:1], dtype=torch.int32), at, positions)
     slot = aten._unsafe_index(owner, [at])
-    sums = _put(torch.zeros_like(rows), slot, rows, accumulate=True)
+    sums = put_rows(torch.zeros_like(rows), slot, rows, accumulate=True)
     return at, aten._unsafe_index(sums, [slot])
 
 
-def _put(base: torch.Tensor, at: torch.Tensor, values: torch.Tensor, *, accumulate: bool = False) -> torch.Tensor:
+def put_rows(base: torch.Tensor, at: torch.Tensor, values: torch.Tensor, *, accumulate: bool = False) -> torch.Tensor:
     """A copy of ``base`` with the rows ``at`` replaced or added to; Inductor writes in place where ``base`` is not read again."""
     result: torch.Tensor = aten._unsafe_index_put(base, [at], values, accumulate)
     return result
@@ -195,7 +202,7 @@ def _layout(node: fx.Node) -> tuple[object, ...] | None:
     return None if value is None else (value.dtype, value.device, shape_names(value), tuple(map(str, value.stride())))
 
 
-def _sums_rows(node: fx.Node) -> bool:
+def sums_rows(node: fx.Node) -> bool:
     """Whether the scatter adds rows into a floating-point matrix of zeros along its first dimension."""
     zeros, indices, value = argument(node, 0), node.args[2], tensor_of(node)
     if value is None or value.dim() != 2 or not value.dtype.is_floating_point or any(is_static(s, 0) for s in value.shape):

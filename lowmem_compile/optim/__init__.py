@@ -1,10 +1,11 @@
-"""Optimizers that keep their state in a projected space: COAP, GaLore, Fira, Flora, APOLLO.
+"""Optimizers that keep their state in a projected space (COAP, GaLore, Fira, Flora, APOLLO), and Addax, which keeps none.
 
 Ordinary ``torch.optim.Optimizer``s: parameter groups, closures, schedulers, ``state_dict``. :func:`split` makes groups of a
 model, :func:`report` says what is projected, what is not and why, and the bytes of both. :func:`average_gradients` averages over
 processes.
 """
 
+from lowmem_compile.optim.addax import Addax, AddaxStep, LengthPartition
 from lowmem_compile.optim.apollo import APOLLO
 from lowmem_compile.optim.base import LowRankOptimizer
 from lowmem_compile.optim.coap import COAP
@@ -18,9 +19,12 @@ from lowmem_compile.optim.split import Split, split
 __all__ = [
     "APOLLO",
     "COAP",
+    "Addax",
+    "AddaxStep",
     "Fira",
     "Flora",
     "GaLore",
+    "LengthPartition",
     "LowRankOptimizer",
     "OptimizerReport",
     "Row",

@@ -252,6 +252,11 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
         "",
     ),
+    "update_in_backward": Reason(
+        "Updated in the backward pass",
+        "The parameter changes as soon as its gradient is there, and the gradient need not live until all are there.",
+        "",
+    ),
     "embedding_gradient": Reason(
         "Embedding gradient summed over the rows that occur",
         "The float32 sum has a row for each index of the batch in place of one for each entry of the vocabulary, or the rows are "

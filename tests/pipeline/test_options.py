@@ -158,6 +158,7 @@ def test_the_order_of_the_passes() -> None:
         "chunk_loss",
         "norm_from_output",
         "approximate_activation",
+        "update_in_backward",
         "embedding_gradient",
         "recompute_saved",
         "pack_masks",

@@ -1,0 +1,287 @@
+"""AdamW, in-place SGD, MeZO and Addax fine-tune a pretrained model on a real classification set: one table from one command.
+
+    python benchmarks/addax.py minilm albert
+    python benchmarks/addax.py minilm --steps 30 --mezo-steps 300 --backend eager
+
+Data, with lengths as they are (no cutting to one length; a batch is padded to its longest, to a multiple of 16):
+
+    minilm   paragraphs of two pages of Python's language reference (``pydoc_data.topics``); which page?
+    albert   scikit-learn's handwritten digits, read as rows of grey values with runs of white shortened; 3 or 8? The model was
+             trained on reactions written as SMILES: its weights are real, the task is foreign to it.
+
+Every method sees batches of the same sizes. AdamW and in-place SGD draw from all examples, MeZO too; Addax takes the longer ones
+zeroth-order and the shorter ones first-order. Columns: accuracy on held-out examples at the end, steps, seconds of all steps (no
+evaluation, no compilation of the first step), the allocator's peak in one step on the longest batch that the method can draw,
+above what was there before (parameters, inputs, AdamW's state), AdamW's state, and the first step at which the accuracy reached
+the best that MeZO has had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_compile.demo import weights
+from lowmem_compile.demo.measure import peak_bytes
+from lowmem_compile.demo.packages import quiet, require
+from lowmem_compile.optim import Addax, LengthPartition
+
+PAD = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """Token ids and labels, shuffled; a builder of the model with a new head; a learning rate for each method."""
+
+    examples: list[tuple[list[int], int]]
+    build: Callable[[], nn.Module]
+    lr: dict[str, float]
+
+
+def balanced(examples: list[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
+    """The classes in equal numbers, shuffled."""
+    generator = random.Random(0)
+    classes = [[e for e in examples if e[1] == label] for label in (0, 1)]
+    count = min(map(len, classes))
+    mixed = [e for group in classes for e in generator.sample(group, count)]
+    generator.shuffle(mixed)
+    return mixed
+
+
+def configured(folder: Any, layers: int | None) -> Any:
+    """The configuration of a two-class model without dropout, of its first layers if a number is given."""
+    config = weights.without_dropout(require("transformers").AutoConfig.from_pretrained(folder, num_labels=2))
+    if layers is not None:
+        config.num_hidden_layers = layers
+    return config
+
+
+def minilm(layers: int | None) -> Task:
+    """Paragraphs of two pages."""
+    transformers, tokenizer = require("transformers"), weights.minilm_tokenizer()
+    texts = [(p, label) for label, page in enumerate(("specialnames", "string-methods")) for p in topics[page].split("\n\n")]
+    examples = [(tokenizer(p, truncation=True, max_length=128)["input_ids"], label) for p, label in texts if len(p) > 60]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        folder = weights.minilm_folder()
+        config = configured(folder, layers)
+        with quiet():
+            model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+        return model
+
+    return Task(balanced(examples), build, {"AdamW": 5e-5, "IP-SGD": 2e-2, "MeZO": 1e-5, "Addax": 2e-2})
+
+
+def albert(layers: int | None) -> Task:
+    """Digits as sequences."""
+    transformers = require("transformers")
+    require("sklearn")
+    images = require("sklearn.datasets").load_digits()
+    vocabulary = weights.albert_vocabulary()
+    first = vocabulary.index("C") if "C" in vocabulary else 10
+
+    def tokens(image: Any) -> list[int]:
+        """One token for each grey value above 0, one for a run of zeros by its length."""
+        ids, run = [], 0
+        for value in image.reshape(-1).astype(int).tolist():
+            if value:
+                if run:
+                    ids.append(first + 17 + min(run, 8))
+                ids.append(first + value)
+                run = 0
+            else:
+                run += 1
+        return [vocabulary.index("[CLS]"), *ids, vocabulary.index("[SEP]")]
+
+    pairs = [(tokens(x), int(y == 8)) for x, y in zip(images.images, images.target, strict=True) if y in (3, 8)]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        folder = weights.albert_folder()
+        config = configured(folder, layers)
+        with quiet():
+            model: nn.Module = transformers.AlbertForSequenceClassification.from_pretrained(folder, config=config)
+        return model
+
+    return Task(balanced(pairs), build, {"AdamW": 1e-4, "IP-SGD": 2e-2, "MeZO": 1e-4, "Addax": 2e-2})
+
+
+TASKS: dict[str, Callable[[int | None], Task]] = {"minilm": minilm, "albert": albert}
+
+
+def batch_of(examples: Sequence[tuple[list[int], int]], indices: Sequence[int]) -> dict[str, Tensor]:
+    """Padded to a multiple of ``PAD`` above the longest."""
+    rows = [examples[i] for i in indices]
+    longest = -(-max(len(ids) for ids, _ in rows) // PAD) * PAD
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in rows])}
+
+
+@dataclass
+class Row:
+    """A method's line of the table."""
+
+    method: str
+    accuracy: float
+    steps: int
+    seconds: float
+    peak: int
+    state: int
+    curve: list[tuple[int, float]]
+
+
+class Trainer:
+    """One method: a model, and a step on indices of long and short examples."""
+
+    def __init__(self, method: str, task: Task, arguments: argparse.Namespace) -> None:
+        self.method = method
+        self.train, self.test = task.examples[arguments.held_out :], task.examples[: arguments.held_out]
+        self.model = task.build().eval()  # no dropout anywhere; the published zeroth-order methods evaluate in eval mode
+        self.plain = copy.copy(self.model)
+        if arguments.backend != "eager":
+            self.model.compile(backend=arguments.backend, dynamic=True)
+        rate = arguments.lr or task.lr[method]
+        self.optimizer: torch.optim.Optimizer
+        if method == "AdamW":
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate)
+        else:
+            weight = {"IP-SGD": 0.0, "MeZO": 1.0, "Addax": arguments.alpha}[method]
+            self.optimizer = Addax(self.model.named_parameters(), lr=rate, alpha=weight, zo_eps=arguments.zo_eps, seed=1)
+
+    def loss(self, indices: Sequence[int]) -> Tensor:
+        """Mean loss of training examples."""
+        result: Tensor = self.model(**batch_of(self.train, indices)).loss
+        return result
+
+    def step(self, long: Sequence[int], short: Sequence[int]) -> None:
+        """One step."""
+        if isinstance(self.optimizer, Addax):
+            closures: dict[str, Callable[[], Tensor]] = {}
+            if self.method in ("MeZO", "Addax"):
+                closures["zeroth"] = lambda: self.loss(long)
+            if self.method in ("IP-SGD", "Addax"):
+                closures["first"] = lambda: self.loss(short)
+            self.optimizer.step(**closures)
+        else:
+            self.loss(short).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """On the held-out examples."""
+        right = 0
+        for start in range(0, len(self.test), 16):
+            batch = batch_of(self.test, range(start, min(start + 16, len(self.test))))
+            logits = self.plain(**batch).logits
+            right += int((logits.argmax(-1) == batch["labels"]).sum())
+        return right / len(self.test)
+
+
+def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
+    """Train with one method."""
+    trainer = Trainer(method, task, arguments)
+    lengths = [len(ids) for ids, _ in trainer.train]
+    threshold = sorted(lengths)[int(len(lengths) * arguments.short)]
+    part = LengthPartition.at(lengths, threshold) if method == "Addax" else LengthPartition.whole(lengths)
+    first_rows = arguments.first_rows if method == "Addax" and arguments.first_rows else arguments.rows
+    stream = part.batches(arguments.rows, first_rows, seed=2)
+    steps = arguments.mezo_steps if method == "MeZO" else arguments.steps
+    every = max(1, steps // arguments.points)
+    curve, seconds = [(0, trainer.accuracy())], 0.0
+    for step in range(1, steps + 1):
+        long, short = next(stream)
+        start = time.perf_counter()
+        trainer.step(long, short)
+        seconds += time.perf_counter() - start if step > 1 else 0.0
+        if step % every == 0 or step == steps:
+            curve.append((step, trainer.accuracy()))
+    sides = ((part.zeroth, arguments.rows), (part.first, first_rows))
+    longest = [sorted(side, key=lambda i: -lengths[i])[:size] for side, size in sides]
+    trainer.step(*longest)  # compiles, if these shapes are new
+
+    def one_step() -> Tensor:
+        trainer.step(*longest)
+        return torch.zeros(())
+
+    peak = peak_bytes(one_step, lambda _: None).peak
+    state = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+    return Row(method, curve[-1][1], steps, seconds, peak, state, curve)
+
+
+def inference_peak(task: Task, arguments: argparse.Namespace) -> int:
+    """Bytes of one forward pass without gradients on the longest batch: what MeZO's peak is to be compared with."""
+    trainer = Trainer("IP-SGD", task, arguments)
+    longest = sorted(range(len(trainer.train)), key=lambda i: -len(trainer.train[i][0]))[: arguments.rows]
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return trainer.loss(longest)
+
+    forward()
+    return peak_bytes(forward, lambda _: None).peak
+
+
+def table(name: str, rows: list[Row]) -> str:
+    """Markdown."""
+    mezo = max((a for row in rows if row.method == "MeZO" for _, a in row.curve), default=1.0)
+    lines = [
+        f"| {name} | accuracy | steps | seconds | peak of a step | optimizer state | steps to MeZO's best ({mezo:.3f}) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        reached = next((str(step) for step, a in row.curve if a >= mezo), "not reached")
+        lines.append(
+            f"| {row.method} | {row.accuracy:.3f} | {row.steps} | {row.seconds:.1f} | {row.peak / 2**20:.1f} MiB "
+            f"| {row.state / 2**20:.1f} MiB | {reached} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train, and print a table a model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=["AdamW", "IP-SGD", "MeZO", "Addax"])
+    parser.add_argument("--backend", default="lowmem", help="lowmem, inductor, ... or eager")
+    parser.add_argument("--steps", type=int, default=100, help="of all but MeZO")
+    parser.add_argument("--mezo-steps", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=8, help="examples a batch")
+    parser.add_argument("--first-rows", type=int, default=None, help="K₁ of Addax, where it is to differ from K₀")
+    parser.add_argument("--alpha", type=float, default=1e-3)
+    parser.add_argument("--zo-eps", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=None, help="of every method; default: each model's own")
+    parser.add_argument("--short", type=float, default=0.5, help="L_T: share of the training examples that are short")
+    parser.add_argument("--layers", type=int, default=None, help="only the first layers of the model")
+    parser.add_argument("--held-out", type=int, default=80, help="examples to test on")
+    parser.add_argument("--points", type=int, default=20, help="evaluations a run")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        task = TASKS[name](arguments.layers)
+        lengths = sorted(len(ids) for ids, _ in task.examples)
+        print(
+            f"{name}: {len(lengths)} examples, {arguments.held_out} of them held out; lengths {lengths[0]} to {lengths[-1]}, "
+            f"median {lengths[len(lengths) // 2]}; {arguments.backend}",
+            flush=True,
+        )
+        print(f"  peak of inference on the longest batch: {inference_peak(task, arguments) / 2**20:.1f} MiB", flush=True)
+        rows = []
+        for method in arguments.methods:
+            rows.append(run(method, task, arguments))
+            print(f"  {method}: {' '.join(f'{s}:{a:.2f}' for s, a in rows[-1].curve)}", flush=True)
+        print(table(name, rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Addax: zeroth-order steps on long examples, first-order steps inside the backward pass on short ones."""
+
+from lowmem_compile.optim.addax.lengths import LengthPartition, step_peaks
+from lowmem_compile.optim.addax.optimizer import Addax, AddaxStep
+
+__all__ = ["Addax", "AddaxStep", "LengthPartition", "step_peaks"]
