@@ -29,7 +29,7 @@ from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
 from lowmem_compile.options import Options
-from lowmem_compile.partition import KEPT_WHOLE, partition_joint, stock_partitions
+from lowmem_compile.partition import KEPT_WHOLE, Candidates, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
 from lowmem_compile.registry import Entry, register
 from lowmem_compile.registry import reset as reset_registry
@@ -50,6 +50,7 @@ def lowmem(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     inner_compile: Callable[..., Any] | None = None,
+    observe: Callable[[Entry, Candidates], None] | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph: rewrite it so that less is kept for the backward pass, then hand it to Inductor.
 
@@ -59,6 +60,7 @@ def lowmem(
         mode: passed on to Inductor (``"max-autotune"``, ...).
         options: see :class:`lowmem_compile.options.Options`.
         inner_compile: replaces Inductor's code generation (dry runs and graph-level tests); turns its caches off.
+        observe: called with the partitions of the graph when they were made; not called when a cache answers.
 
     Raises:
         OptionError: unknown or ill-typed option, unknown mode; before anything is traced.
@@ -74,7 +76,7 @@ def lowmem(
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
         entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches, ambient_autocast(device))
     gm.recompile()
-    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry)
+    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry, observe)
     more: dict[str, Any] = {}
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
@@ -135,8 +137,10 @@ def count_baseline(
 class Partitioner(CustomPartitionerFn):
     """Inductor's partitioner hook. Holds no graph; its uuid covers everything that can change the result."""
 
-    def __init__(self, options: Options, device: str, entry: Any) -> None:
-        self.options, self.device, self.entry = options, device, entry
+    def __init__(
+        self, options: Options, device: str, entry: Entry, observe: Callable[[Entry, Candidates], None] | None = None
+    ) -> None:
+        self.options, self.device, self.entry, self.observe = options, device, entry, observe
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
@@ -150,6 +154,8 @@ class Partitioner(CustomPartitionerFn):
         ctx = Context(options=self.options, device=self.device, facts={"baseline": self.entry.baseline_partitions})
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
+        if self.observe is not None:
+            self.observe(self.entry, candidates)
         return candidates.compiled.forward, candidates.compiled.backward
 
     def uuid(self) -> str:

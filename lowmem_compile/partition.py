@@ -49,12 +49,21 @@ OWN_OPS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Candidates:
-    """The partitions that were counted, the name of the best, and a copy of it after the saved stage: what is compiled."""
+    """The partitions that were counted, the name of the best, and a copy of it after the saved stage: what is compiled.
+
+    ``context`` is that of the saved stage: with the plan, if there is one, under ``facts["plan"]``.
+    """
 
     partitions: Mapping[str, Partition]
     chosen: str
     compiled: Partition
     recorder: Recorder
+    context: Context
+
+    @property
+    def before_codecs(self) -> Partition:
+        """The chosen partition before the saved stage."""
+        return self.partitions[self.chosen]
 
 
 def expand(graph: fx.Graph) -> None:
@@ -118,7 +127,7 @@ def partition_joint(
     recorder.dump("forward", compiled.forward)
     recorder.dump("backward", compiled.backward)
     log.info("saved for backward: %s; compiled: %s", {n: p.saved_bytes() for n, p in partitions.items()}, chosen)
-    return Candidates(partitions, chosen, compiled, recorder)
+    return Candidates(partitions, chosen, compiled, recorder, ctx)
 
 
 def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | None:
@@ -129,16 +138,26 @@ def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | 
     """
     if ctx.options.memory_budget is None:
         return None
-    count = ctx.facts.get("baseline")
-    stock = (count() or {}).get("inductor", inductor) if count is not None else inductor
+    stock = stock_of(inductor, ctx)
     if stock.saved_bytes() < SMALLEST_GRAPH:
         return None
-    trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
-    run_stage(Stage.BACKWARD, trial.backward, ctx, None)
-    planner = Planner(trial, saved_context(trial, ctx))
+    planner = planner_of(partition, ctx)
     plan = planner.meet(budget_of(ctx.options.memory_budget), stock.saved_bytes(), peak(simulate(stock)))
     log.info("plan: %s", plan)
     return plan
+
+
+def stock_of(inductor: Partition, ctx: Context) -> Partition:
+    """What Inductor makes of the graph as captured; ``inductor`` where no pass changed the graph before AOTAutograd."""
+    count = ctx.facts.get("baseline")
+    return (count() or {}).get("inductor", inductor) if count is not None else inductor
+
+
+def planner_of(partition: Partition, ctx: Context) -> Planner:
+    """A planner for a partition that the saved stage has not changed yet."""
+    trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
+    run_stage(Stage.BACKWARD, trial.backward, ctx, None)
+    return Planner(trial, saved_context(trial, ctx))
 
 
 def choose(partitions: Mapping[str, Partition], ctx: Context) -> str:

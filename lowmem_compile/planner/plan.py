@@ -77,9 +77,16 @@ class Planner:
         self.program = program_of(partition)
         self.items = items_of(partition.forward.graph, ctx, self.program)
         self.step = max(step_time(self.program, BALANCE.get(ctx.device, BALANCE["cpu"])), 1.0)
+        self._solved: dict[int, Plan | None] = {}
 
-    def solve(self, cap: int, *, least: bool = False) -> Plan | None:
-        """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none.
+    def solve(self, cap: int) -> Plan | None:
+        """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none; solved once a cap."""
+        if cap not in self._solved:
+            self._solved[cap] = self._solve(cap)
+        return self._solved[cap]
+
+    def _solve(self, cap: int, *, least: bool = False) -> Plan | None:
+        """The same, solved anew.
 
         Args:
             cap: bytes.
@@ -172,7 +179,7 @@ class Planner:
                 best = plan if best is None or plan.worse(lowest) < best.worse(lowest) else best
         if best is not None:
             return best
-        least = self.solve(0, least=True)
+        least = self._solve(0, least=True)
         assert least is not None
         if budget.share is not None:
             raise BudgetError(

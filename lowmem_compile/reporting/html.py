@@ -52,10 +52,10 @@ def render_html(report: Report, *, title: str = "lowmem report") -> str:
     Names from the model are escaped, characters in them that do not print are spelt out, and the page's
     content policy lets the browser run only the page's own script.
     """
-    environment = _environment()
-    script = environment.get_template("report.js.j2").render()
+    pages = environment()
+    script = pages.get_template("report.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return pages.get_template("report.html.j2").render(
         title=title,
         script=Markup(script),  # noqa: S704 - our own file, without variables
         script_hash=digest,
@@ -74,8 +74,9 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of the pages, with the filters that they use."""
+    pages = Environment(
         loader=PackageLoader("lowmem_compile.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -83,7 +84,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters.update(
+    pages.filters.update(
         bytes=units.format_bytes,
         exact=units.exact_bytes,
         shape=units.format_shape,
@@ -92,7 +93,7 @@ def _environment() -> Environment:
         breakable=_breakable,
         short_source=_short_source,
     )
-    environment.globals.update(
+    pages.globals.update(
         change=units.format_change,
         plural=units.plural,
         names=summary.CONTENDER_NAMES,
@@ -100,7 +101,7 @@ def _environment() -> Environment:
         no_module=summary.NO_MODULE,
         inference_note=summary.inference_note(),
     )
-    return environment
+    return pages
 
 
 def _finalize(value: Any) -> Any:
