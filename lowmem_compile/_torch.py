@@ -157,10 +157,13 @@ def dry_run(
     kwargs: Mapping[str, Any],
     options: Mapping[str, Any],
     observe: Callable[..., None] | None = None,
+    *,
+    curve: bool = False,
 ) -> None:
     """Compile ``model`` with lowmem up to code generation, run the graphs as captured, and throw the result away.
 
-    ``observe`` is called with the entry and the candidates of every training graph. The inputs may be fake tensors.
+    ``observe`` is called with the entry and the candidates of every training graph; ``curve`` as for the backend. The inputs may
+    be fake tensors.
     """
     from lowmem_compile.backend import lowmem
 
@@ -168,7 +171,7 @@ def dry_run(
         return gm.forward
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return lowmem(gm, example_inputs, options=options, inner_compile=capture, observe=observe)
+        return lowmem(gm, example_inputs, options=options, inner_compile=capture, observe=observe, curve=curve)
 
     torch._dynamo.reset_code_caches()
     with torch.enable_grad():

@@ -29,7 +29,7 @@ from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
 from lowmem_compile.options import Options
-from lowmem_compile.partition import KEPT_WHOLE, Candidates, partition_joint, stock_partitions
+from lowmem_compile.partition import KEPT_WHOLE, Candidates, budget_partitions, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
 from lowmem_compile.registry import Entry, register
 from lowmem_compile.registry import reset as reset_registry
@@ -51,6 +51,7 @@ def lowmem(
     options: Mapping[str, Any] | None = None,
     inner_compile: Callable[..., Any] | None = None,
     observe: Callable[[Entry, Candidates], None] | None = None,
+    curve: bool = False,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph: rewrite it so that less is kept for the backward pass, then hand it to Inductor.
 
@@ -60,6 +61,7 @@ def lowmem(
         mode: passed on to Inductor (``"max-autotune"``, ...).
         options: see :class:`lowmem_compile.options.Options`.
         inner_compile: replaces Inductor's code generation (dry runs and graph-level tests); turns its caches off.
+        curve: collect for the report what budgets would give, Inductor's own too.
         observe: called with the partitions of the graph when they were made; not called when a cache answers.
 
     Raises:
@@ -74,9 +76,11 @@ def lowmem(
     recorder.dump("dynamo", gm)
     untouched = copy_dynamo_module(gm) if settings.report and entry.training else None
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
-        entry.baseline = functools.partial(count_baseline, untouched, list(example_inputs), patches, ambient_autocast(device))
+        entry.baseline = functools.partial(
+            count_baseline, untouched, list(example_inputs), patches, ambient_autocast(device), curve=curve
+        )
     gm.recompile()
-    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry, observe)
+    patches["custom_partitioner_fn"] = Partitioner(settings, device, entry, observe, curve=curve)
     more: dict[str, Any] = {}
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
@@ -101,7 +105,8 @@ def dynamo_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], device: str,
 class Counter(CustomPartitionerFn):
     """Partition as Inductor does, with and without its one flag, and stop before code generation."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, curve: bool) -> None:
+        self.curve = curve
         self.partitions: dict[str, Partition] = {}
 
     def __deepcopy__(self, memo: Any) -> Counter:
@@ -111,6 +116,8 @@ class Counter(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.partitions = stock_partitions(gm, joint_inputs, kwargs)
+        if self.curve:
+            self.partitions.update(budget_partitions(gm, joint_inputs, kwargs))
         raise StopHere
 
     def uuid(self) -> None:
@@ -122,13 +129,13 @@ class StopHere(Exception):  # noqa: N818
 
 
 def count_baseline(
-    gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], autocast: torch.autocast
+    gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], autocast: torch.autocast, *, curve: bool = False
 ) -> dict[str, Partition]:
     """What Inductor would save for the graph before any of our passes touched it.
 
     Called while AOTAutograd compiles, which turns gradients and autocast off: both are set as they were for the capture.
     """
-    counter = Counter()
+    counter = Counter(curve=curve)
     with own_tracing_context(example_inputs), torch.enable_grad(), autocast, contextlib.suppress(StopHere):
         compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": counter, "force_disable_caches": True})
     return counter.partitions
@@ -138,9 +145,15 @@ class Partitioner(CustomPartitionerFn):
     """Inductor's partitioner hook. Holds no graph; its uuid covers everything that can change the result."""
 
     def __init__(
-        self, options: Options, device: str, entry: Entry, observe: Callable[[Entry, Candidates], None] | None = None
+        self,
+        options: Options,
+        device: str,
+        entry: Entry,
+        observe: Callable[[Entry, Candidates], None] | None = None,
+        *,
+        curve: bool = False,
     ) -> None:
-        self.options, self.device, self.entry, self.observe = options, device, entry, observe
+        self.options, self.device, self.entry, self.observe, self.curve = options, device, entry, observe, curve
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
@@ -151,7 +164,8 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        ctx = Context(options=self.options, device=self.device, facts={"baseline": self.entry.baseline_partitions})
+        facts = {"baseline": self.entry.baseline_partitions, "curve": self.curve}
+        ctx = Context(options=self.options, device=self.device, facts=facts)
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
         if self.observe is not None:

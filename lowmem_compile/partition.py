@@ -32,9 +32,11 @@ from lowmem_compile.passes.approximate_activation import ACTIVATIONS
 from lowmem_compile.pipeline import Recorder, run_stage
 from lowmem_compile.planner.budget import budget_of
 from lowmem_compile.planner.coarse import coarse_peak
+from lowmem_compile.planner.curve import INDUCTOR_BUDGETS, curve_of, planned_tensors
 from lowmem_compile.planner.plan import SMALLEST_GRAPH, Plan, Planner
 from lowmem_compile.planner.timeline import peak, simulate
 from lowmem_compile.recompute import choose_saved
+from lowmem_compile.reporting.model import CurvePoint, PlannedTensor
 from lowmem_compile.saved import Partition
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Candidates:
     compiled: Partition
     recorder: Recorder
     context: Context
+    planned: tuple[PlannedTensor, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
 
     @property
     def before_codecs(self) -> Partition:
@@ -95,6 +99,17 @@ def stock_partitions(gm: fx.GraphModule, joint_inputs: Any, kwargs: dict[str, An
     return partitions
 
 
+def budget_partitions(gm: fx.GraphModule, joint_inputs: Any, kwargs: dict[str, Any]) -> dict[str, Partition]:
+    """Inductor's partitions at several values of ``activation_memory_budget``, named ``"inductor 0.5"`` and so on."""
+    plain = copy_module(gm)
+    expand(plain.graph)
+    found = {}
+    for budget in INDUCTOR_BUDGETS:
+        with functorch_config.patch(activation_memory_budget=budget):
+            found[f"inductor {budget:g}"] = cut(copy_module(plain), joint_inputs, kwargs)
+    return found
+
+
 def partition_joint(
     gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorder: Recorder, kwargs: dict[str, Any]
 ) -> Candidates:
@@ -122,15 +137,27 @@ def partition_joint(
     chosen = choose(partitions, ctx)
     recorder.adopt(record if chosen == "lowmem" else declined(record))
     winner = partitions[chosen]
-    ctx = replace(ctx, facts={**ctx.facts, "plan": plan_for(winner, partitions["inductor"], ctx)})
+    planner = planner_of(winner, ctx) if ctx.options.memory_budget is not None or ctx.facts.get("curve") else None
+    plan = None if planner is None else plan_for(planner, partitions["inductor"], ctx)
+    ctx = replace(ctx, facts={**ctx.facts, "plan": plan})
     compiled = after_saved_stage(winner, ctx, recorder)
     recorder.dump("forward", compiled.forward)
     recorder.dump("backward", compiled.backward)
     log.info("saved for backward: %s; compiled: %s", {n: p.saved_bytes() for n, p in partitions.items()}, chosen)
-    return Candidates(partitions, chosen, compiled, recorder, ctx)
+    planned: tuple[PlannedTensor, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    if planner is not None:
+        planned = planned_tensors(planner, plan, winner)
+    if planner is not None and ctx.facts.get("curve"):
+        rivals = (ctx.facts["baseline"]() if ctx.facts.get("baseline") else None) or {
+            **partitions,
+            **budget_partitions(gm, joint_inputs, kwargs),
+        }
+        curve = curve_of(planner, rivals)
+    return Candidates(partitions, chosen, compiled, recorder, ctx, planned, curve)
 
 
-def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | None:
+def plan_for(planner: Planner, inductor: Partition, ctx: Context) -> Plan | None:
     """The plan for ``options["memory_budget"]``, or ``None`` without one.
 
     Raises:
@@ -141,7 +168,6 @@ def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | 
     stock = stock_of(inductor, ctx)
     if stock.saved_bytes() < SMALLEST_GRAPH:
         return None
-    planner = planner_of(partition, ctx)
     plan = planner.meet(budget_of(ctx.options.memory_budget), stock.saved_bytes(), peak(simulate(stock)))
     log.info("plan: %s", plan)
     return plan

@@ -77,6 +77,7 @@ class Planner:
         self.program = program_of(partition)
         self.items = items_of(partition.forward.graph, ctx, self.program)
         self.step = max(step_time(self.program, BALANCE.get(ctx.device, BALANCE["cpu"])), 1.0)
+        self.ctx = ctx
         self._solved: dict[int, Plan | None] = {}
 
     def solve(self, cap: int) -> Plan | None:
@@ -97,7 +98,7 @@ class Planner:
 
         columns = [(i, c) for i, item in enumerate(self.items) for c in item.choices]
         if not columns:
-            return self._plan({})
+            return self.plan_of({})
         cost = np.array([c.error2 / ERROR**2 + c.cost / (TIME * self.step) for _, c in columns])
         sizes = np.array([float(c.nbytes) for _, c in columns])
         of_item: dict[int, list[int]] = defaultdict(list)
@@ -125,9 +126,10 @@ class Planner:
         )
         if result.x is None:
             return None
-        return self._plan({self.items[i].root: c.name for (i, c), x in zip(columns, result.x, strict=True) if x > 0.5})
+        return self.plan_of({self.items[i].root: c.name for (i, c), x in zip(columns, result.x, strict=True) if x > 0.5})
 
-    def _plan(self, decisions: dict[str, str]) -> Plan:
+    def plan_of(self, decisions: dict[str, str]) -> Plan:
+        """The plan with these decisions, one for every item."""
         chosen = [item.choice(decisions[item.root]) for item in self.items]
         return Plan(
             decisions,

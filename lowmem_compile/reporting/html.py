@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lowmem_compile.reporting import charts, summary, units
+from lowmem_compile.reporting.curve import budget_curve
 from lowmem_compile.reporting.model import CONTENDERS, KINDS, GraphReport, Report
 from lowmem_compile.reporting.summary import SiteGroup
 
@@ -133,6 +134,7 @@ def _graph_view(graph: GraphReport, number: int) -> dict[str, Any]:
         "note": "" if graph.has_figures else summary.no_figures_note(graph),
         "bars": charts.saved_bars(graph),
         "timeline": charts.memory_timeline(graph),
+        "curve": budget_curve(graph),
         "legend": [(kind, KIND_NOTES[kind]) for kind in KINDS if kind in present],
         "contenders": [(name, graph.saved_bytes(name), graph.peak_point(name)) for name in shown],
         "kept": list(summary.bytes_by(kept, "kind", "decision").items()),
