@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from lowmem_compile.errors import LowMemError
 from lowmem_compile.memory_plan.cards import GIB, card_bytes
 from lowmem_compile.memory_plan.depth import CHECKED, TRACED, Deviation, IrregularError, Stack, deepened, deviation
 from lowmem_compile.memory_plan.fixed import Fixed, OptimizerSpec, fixed_bytes, in_dtype
@@ -296,14 +295,3 @@ def _notes(request: Request, tracer: _Tracer) -> list[str]:
         )
     return notes
 
-
-def refuse_sizes(request: Request) -> None:
-    """Refuse sizes below 1.
-
-    Raises:
-        LowMemError: names the size.
-    """
-    for name in ("batch", "sequence"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise LowMemError(f"--{name} {value} must be 1 or more")
