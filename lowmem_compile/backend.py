@@ -148,7 +148,7 @@ class Partitioner(CustomPartitionerFn):
         self,
         options: Options,
         device: str,
-        entry: Entry,
+        entry: Any,
         observe: Callable[[Entry, Candidates], None] | None = None,
         *,
         curve: bool = False,

@@ -294,4 +294,3 @@ def _notes(request: Request, tracer: _Tracer) -> list[str]:
             "The model is compiled whole, so all that it returns stays alive (logits); --loss-only compiles the loss alone."
         )
     return notes
-

@@ -60,7 +60,7 @@ def _row(planner: Planner, item: Item, decision: str, saved: fx.Node) -> Planned
 def default_decisions(planner: Planner) -> dict[str, str]:
     """What is done without a budget, as far as the planner's choices go: ``options["codec"]`` where the item allows it."""
     named = planner.ctx.options.codec
-    found = {}
+    found: dict[str, str] = {}
     for item in planner.items:
         wanted = ("int10" if item.kind == "score" else "int8") if named == "auto" else named
         allowed = item.kind in ("ordinary", "score") and wanted in {c.name for c in item.choices}

@@ -21,7 +21,7 @@ from lowmem_compile.memory_plan.trace import Setting, Trace, trace
 pytest.importorskip("transformers")
 
 BATCH, LENGTH = 2, 128
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 256,
