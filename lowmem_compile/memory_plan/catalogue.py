@@ -1,6 +1,7 @@
 """Well-known models as ``transformers`` configurations with the published numbers; no weights, nothing is downloaded.
 
-llama-60m to llama-7b are the pre-training shapes of GaLore (arXiv:2403.03507, table 5), which Fira and COAP use too; positions as in LLaMA 2.
+llama-60m to llama-7b are the pre-training shapes of GaLore (arXiv:2403.03507, table 5), which Fira and COAP use too; positions
+as in LLaMA 2.
 """
 
 from __future__ import annotations
