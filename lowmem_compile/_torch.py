@@ -152,15 +152,27 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
-def dry_run(model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Compile ``model`` with lowmem up to code generation, run the graphs as captured, and throw the result away."""
+def dry_run(
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    observe: Callable[..., None] | None = None,
+    *,
+    curve: bool = False,
+) -> None:
+    """Compile ``model`` with lowmem up to code generation, run the graphs as captured, and throw the result away.
+
+    ``observe`` is called with the entry and the candidates of every training graph; ``curve`` as for the backend. The inputs may
+    be fake tensors.
+    """
     from lowmem_compile.backend import lowmem
 
     def capture(gm: fx.GraphModule, _inputs: list[Any], **_: Any) -> Callable[..., Any]:
         return gm.forward
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return lowmem(gm, example_inputs, options=options, inner_compile=capture)
+        return lowmem(gm, example_inputs, options=options, inner_compile=capture, observe=observe, curve=curve)
 
     torch._dynamo.reset_code_caches()
     with torch.enable_grad():

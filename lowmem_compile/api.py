@@ -37,13 +37,16 @@ def report(compiled: Any = None) -> Report:
     )
 
 
-def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, curve: bool = False, **kwargs: Any
+) -> Report:
     """The report that compiling ``model`` for these inputs would give: no code is generated, nothing is trained.
 
     Args:
         model: an unmodified module or function.
         inputs: one batch, as in a call.
         options: as for ``torch.compile(..., backend="lowmem", options=...)``.
+        curve: also find what other budgets would give, lowmem's and Inductor's own: bytes, estimated error and time.
         **kwargs: the arguments of the call that are given by name.
 
     Raises:
@@ -53,7 +56,7 @@ def explain(model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] 
     before = list(registry.ENTRIES)
     registry.ENTRIES.clear()
     try:
-        dry_run(model, inputs, kwargs, dict(options or {}))
+        dry_run(model, inputs, kwargs, dict(options or {}), curve=curve)
         graphs = tuple(e.report() for e in registry.ENTRIES)
     finally:
         registry.ENTRIES[:] = before

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
 from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, with_claims
 from lowmem_compile.options import Options
-from lowmem_compile.partition import KEPT_WHOLE, partition_joint, stock_partitions
+from lowmem_compile.partition import KEPT_WHOLE, Candidates, budget_partitions, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
 from lowmem_compile.registry import Entry, register
 from lowmem_compile.registry import reset as reset_registry
@@ -45,6 +46,14 @@ OWN_CONFIG: Mapping[str, Any] = {"reorder_for_peak_memory": False}
 these put the decoding of all layers at the start of the backward pass (MiniLM, LoRA q,v: 101 MB against 66 MB in graph order)."""
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What a dry run wants to know besides the report; see :func:`lowmem`."""
+
+    observe: Callable[[Entry, Candidates], None] | None = None
+    curve: bool = False
+
+
 def lowmem(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -52,6 +61,8 @@ def lowmem(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     inner_compile: Callable[..., Any] | None = None,
+    observe: Callable[[Entry, Candidates], None] | None = None,
+    curve: bool = False,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph: rewrite it so that less is kept for the backward pass, then hand it to Inductor.
 
@@ -61,6 +72,8 @@ def lowmem(
         mode: passed on to Inductor (``"max-autotune"``, ...).
         options: see :class:`lowmem_compile.options.Options`.
         inner_compile: replaces Inductor's code generation (dry runs and graph-level tests); turns its caches off.
+        curve: collect for the report what budgets would give, Inductor's own too.
+        observe: called with the partitions of the graph when they were made; not called when a cache answers.
 
     Raises:
         OptionError: unknown or ill-typed option, unknown mode; before anything is traced.
@@ -74,7 +87,9 @@ def lowmem(
         complete(gm, example_inputs)
 
     def build(graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput]) -> Callable[..., Any]:
-        return compile_graph(graph, inputs, args, taps, updates, settings, dict(patches), inner_compile)
+        return compile_graph(
+            graph, inputs, args, taps, updates, settings, dict(patches), inner_compile, Watch(observe, curve=curve)
+        )
 
     positions = tapped_positions(gm, example_inputs) if may_tap(settings) and not updates else []
     if positions:
@@ -96,6 +111,7 @@ def compile_graph(
     settings: Options,
     patches: dict[str, Any],
     inner_compile: Callable[..., Any] | None,
+    watch: Watch,
 ) -> Callable[..., Any]:
     """Rewrite and compile one variant of a graph.
 
@@ -108,6 +124,7 @@ def compile_graph(
         settings: the options.
         patches: Inductor's configuration.
         inner_compile: see :func:`lowmem`.
+        watch: likewise.
     """
     entry = register(gm, args, settings, identity(settings, updates))
     recorder = entry.recorder
@@ -117,9 +134,11 @@ def compile_graph(
     recorder.dump("dynamo", gm)
     untouched = copy_dynamo_module(gm) if settings.report and entry.training else None
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
-        entry.baseline = functools.partial(count_baseline, untouched, list(inputs), patches, ambient_autocast(device))
+        entry.baseline = functools.partial(
+            count_baseline, untouched, list(inputs), patches, ambient_autocast(device), curve=watch.curve
+        )
     gm.recompile()
-    partitioner = Partitioner(settings, device, entry, args if settings.calibrate else (), updates)
+    partitioner = Partitioner(settings, device, entry, watch, args if settings.calibrate else (), updates)
     patches = {**patches, "custom_partitioner_fn": partitioner}
     more: dict[str, Any] = {}
     if inner_compile is not None:
@@ -149,7 +168,8 @@ def dynamo_facts(gm: fx.GraphModule, example_inputs: Sequence[Any], device: str,
 class Counter(CustomPartitionerFn):
     """Partition as Inductor does, with and without its one flag, and stop before code generation."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, curve: bool) -> None:
+        self.curve = curve
         self.partitions: dict[str, Partition] = {}
 
     def __deepcopy__(self, memo: Any) -> Counter:
@@ -159,6 +179,8 @@ class Counter(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.partitions = stock_partitions(gm, joint_inputs, kwargs)
+        if self.curve:
+            self.partitions.update(budget_partitions(gm, joint_inputs, kwargs))
         raise StopHere
 
     def uuid(self) -> None:
@@ -170,13 +192,13 @@ class StopHere(Exception):  # noqa: N818
 
 
 def count_baseline(
-    gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], autocast: torch.autocast
+    gm: fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], autocast: torch.autocast, *, curve: bool = False
 ) -> dict[str, Partition]:
     """What Inductor would save for the graph before any of our passes touched it.
 
     Called while AOTAutograd compiles, which turns gradients and autocast off: both are set as they were for the capture.
     """
-    counter = Counter()
+    counter = Counter(curve=curve)
     with own_tracing_context(example_inputs), torch.enable_grad(), autocast, contextlib.suppress(StopHere):
         compile_fx(gm, example_inputs, config_patches={**patches, "custom_partitioner_fn": counter, "force_disable_caches": True})
     return counter.partitions
@@ -190,9 +212,15 @@ class Partitioner(CustomPartitionerFn):
     """
 
     def __init__(
-        self, options: Options, device: str, entry: Any, inputs: Sequence[Any] = (), updates: Sequence[Planned] = ()
+        self,
+        options: Options,
+        device: str,
+        entry: Any,
+        watch: Watch | None = None,
+        inputs: Sequence[Any] = (),
+        updates: Sequence[Planned] = (),
     ) -> None:
-        self.options, self.device, self.entry = options, device, entry
+        self.options, self.device, self.entry, self.watch = options, device, entry, watch or Watch()
         self.inputs, self.updates = inputs, updates
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
@@ -204,10 +232,17 @@ class Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        facts = {"baseline": self.entry.baseline_partitions, "example_inputs": self.inputs, "updates": self.updates}
+        facts = {
+            "baseline": self.entry.baseline_partitions,
+            "curve": self.watch.curve,
+            "example_inputs": self.inputs,
+            "updates": self.updates,
+        }
         ctx = Context(options=self.options, device=self.device, facts=facts)
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)
         self.entry.partitioned(candidates)
+        if self.watch.observe is not None:
+            self.watch.observe(self.entry, candidates)
         return candidates.compiled.forward, candidates.compiled.backward
 
     def uuid(self) -> str:

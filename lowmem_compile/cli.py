@@ -57,6 +57,53 @@ def demo_command(
     )
 
 
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Argument(help="A known name (llama-7b, vit-l, ...), a config.json, or package.module:function.")],
+    batch: Annotated[int | None, typer.Option(help="Rows.", min=1)] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens a row.", min=1)] = None,
+    precision: Annotated[str, typer.Option(help="bf16, autocast (float32 weights) or fp32.")] = "bf16",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit, coap, galore, ...")] = "adamw",
+    rank: Annotated[int | None, typer.Option(help="Rank of a low-rank optimizer.", min=1)] = None,
+    bits: Annotated[int | None, typer.Option(help="8: moments of a low-rank optimizer in 8 bits.")] = None,
+    projector_bits: Annotated[int | None, typer.Option(help="8: its projector too.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Names of the weights that it projects, such as '*attn*'.")] = None,
+    card: Annotated[str | None, typer.Option(help="A card's name or size (h100, 24GiB): what is the largest that fits?")] = None,
+    reserve: Annotated[str, typer.Option(help="Memory of the card that is not for tensors.")] = "1GiB",
+    budget: Annotated[list[float] | None, typer.Option(help="memory_budget, as a share of Inductor's bytes; repeatable.")] = None,
+    lora: Annotated[str | None, typer.Option(help="LoRA on qv or all linears; the rest is frozen.")] = None,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
+    loss_only: Annotated[bool, typer.Option("--loss-only", help="Compile the loss alone: logits are not returned.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Trace all layers; minutes for a deep model.")] = False,
+    device: Annotated[str, typer.Option(help="Whose kernels are simulated: cuda or cpu.")] = "cuda",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the plan as JSON.")] = None,
+    html_path: Annotated[Path | None, typer.Option("--html", help="Write the plan as one HTML page.")] = None,
+) -> None:
+    """Plan the memory of training a model of real size, without its weights and without a GPU."""
+    from lowmem_compile.memory_plan.command import run_plan
+
+    run_plan(
+        model,
+        batch=batch,
+        sequence=sequence,
+        precision=precision,
+        optimizer=optimizer,
+        rank=rank,
+        state={"bits": bits, "projector_bits": projector_bits},
+        include=tuple(include or ()),
+        card=card,
+        reserve=reserve,
+        budgets=tuple(budget) if budget else (0.25,),
+        lora=lora,
+        lora_rank=lora_rank,
+        loss_only=loss_only,
+        exact=exact,
+        device=device,
+        json_path=json_path,
+        html_path=html_path,
+    )
+
+
 def main() -> None:
     """Run the command; a user's mistake is a message and exit status 1, not a traceback."""
     try:

@@ -36,9 +36,11 @@ from lowmem_compile.planner.budget import budget_of
 from lowmem_compile.planner.calibrate import Measured, measure
 from lowmem_compile.planner.choices import LADDER, encodable
 from lowmem_compile.planner.coarse import coarse_peak
+from lowmem_compile.planner.curve import INDUCTOR_BUDGETS, curve_of, planned_tensors
 from lowmem_compile.planner.plan import SMALLEST_GRAPH, Plan, Planner
 from lowmem_compile.planner.timeline import peak, simulate
 from lowmem_compile.recompute import choose_saved
+from lowmem_compile.reporting.model import CurvePoint, PlannedTensor
 from lowmem_compile.saved import Partition
 from lowmem_compile.tapping import remove_taps
 
@@ -54,12 +56,23 @@ OWN_OPS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Candidates:
-    """The partitions that were counted, the name of the best, and a copy of it after the saved stage: what is compiled."""
+    """The partitions that were counted, the name of the best, and a copy of it after the saved stage: what is compiled.
+
+    ``context`` is that of the saved stage: with the plan, if there is one, under ``facts["plan"]``.
+    """
 
     partitions: Mapping[str, Partition]
     chosen: str
     compiled: Partition
     recorder: Recorder
+    context: Context
+    planned: tuple[PlannedTensor, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+
+    @property
+    def before_codecs(self) -> Partition:
+        """The chosen partition before the saved stage."""
+        return self.partitions[self.chosen]
 
 
 def expand(graph: fx.Graph) -> None:
@@ -91,6 +104,17 @@ def stock_partitions(gm: fx.GraphModule, joint_inputs: Any, kwargs: dict[str, An
     return partitions
 
 
+def budget_partitions(gm: fx.GraphModule, joint_inputs: Any, kwargs: dict[str, Any]) -> dict[str, Partition]:
+    """Inductor's partitions at several values of ``activation_memory_budget``, named ``"inductor 0.5"`` and so on."""
+    plain = copy_module(gm)
+    expand(plain.graph)
+    found = {}
+    for budget in INDUCTOR_BUDGETS:
+        with functorch_config.patch(activation_memory_budget=budget):
+            found[f"inductor {budget:g}"] = cut(copy_module(plain), joint_inputs, kwargs)
+    return found
+
+
 def partition_joint(
     gm: fx.GraphModule, joint_inputs: Any, ctx: Context, recorder: Recorder, kwargs: dict[str, Any]
 ) -> Candidates:
@@ -119,15 +143,28 @@ def partition_joint(
     chosen = choose(partitions, ctx)
     recorder.adopt(record if chosen == "lowmem" else declined(record))
     winner = partitions[chosen]
-    ctx = replace(ctx, facts={**ctx.facts, "plan": plan_for(winner, partitions["inductor"], ctx)})
+    wants_plan = ctx.options.memory_budget is not None or ctx.options.calibrate
+    planner = planner_of(winner, ctx) if wants_plan or ctx.facts.get("curve") else None
+    plan = None if planner is None else plan_for(planner, partitions["inductor"], ctx)
+    ctx = replace(ctx, facts={**ctx.facts, "plan": plan})
     compiled = after_saved_stage(winner, ctx, recorder)
     recorder.dump("forward", compiled.forward)
     recorder.dump("backward", compiled.backward)
     log.info("saved for backward: %s; compiled: %s", {n: p.saved_bytes() for n, p in partitions.items()}, chosen)
-    return Candidates(partitions, chosen, compiled, recorder)
+    planned: tuple[PlannedTensor, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    if planner is not None:
+        planned = planned_tensors(planner, plan, winner)
+    if planner is not None and ctx.facts.get("curve"):
+        rivals = (ctx.facts["baseline"]() if ctx.facts.get("baseline") else None) or {
+            **partitions,
+            **budget_partitions(gm, joint_inputs, kwargs),
+        }
+        curve = curve_of(planner, rivals)
+    return Candidates(partitions, chosen, compiled, recorder, ctx, planned, curve)
 
 
-def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | None:
+def plan_for(planner: Planner, inductor: Partition, ctx: Context) -> Plan | None:
     """The plan for ``options["memory_budget"]`` or ``options["calibrate"]``, or ``None`` without them.
 
     Raises:
@@ -136,20 +173,28 @@ def plan_for(partition: Partition, inductor: Partition, ctx: Context) -> Plan | 
     """
     if ctx.options.memory_budget is None and not ctx.options.calibrate:
         return None
-    count = ctx.facts.get("baseline")
-    stock = (count() or {}).get("inductor", inductor) if count is not None else inductor
+    stock = stock_of(inductor, ctx)
     if stock.saved_bytes() < SMALLEST_GRAPH:
         return None
-    trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
-    run_stage(Stage.BACKWARD, trial.backward, backward_context(trial, ctx), None)
-    context = saved_context(trial, ctx)
-    measured = calibrated(trial, context) if ctx.options.calibrate else {}
-    planner = Planner(trial, context, measured)
     if ctx.options.memory_budget is None:
-        return planner.careful() if measured else None
+        return planner.careful() if planner.measured else None
     plan = planner.meet(budget_of(ctx.options.memory_budget), stock.saved_bytes(), peak(simulate(stock)))
     log.info("plan: %s", plan)
     return plan
+
+
+def stock_of(inductor: Partition, ctx: Context) -> Partition:
+    """What Inductor makes of the graph as captured; ``inductor`` where no pass changed the graph before AOTAutograd."""
+    count = ctx.facts.get("baseline")
+    return (count() or {}).get("inductor", inductor) if count is not None else inductor
+
+
+def planner_of(partition: Partition, ctx: Context) -> Planner:
+    """A planner for a partition that the saved stage has not changed yet."""
+    trial = Partition(copy_module(partition.forward), copy_module(partition.backward), partition.num_user_outputs)
+    run_stage(Stage.BACKWARD, trial.backward, backward_context(trial, ctx), None)
+    context = saved_context(trial, ctx)
+    return Planner(trial, context, calibrated(trial, context) if ctx.options.calibrate else {})
 
 
 def calibrated(partition: Partition, ctx: Context) -> dict[str, Measured]:

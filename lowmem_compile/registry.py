@@ -22,7 +22,7 @@ from lowmem_compile._torch import functorch_config, inductor_cache_dir
 from lowmem_compile.options import Options
 from lowmem_compile.pipeline import Recorder
 from lowmem_compile.planner.timeline import simulate
-from lowmem_compile.reporting.model import GraphReport, SavedTensor, TimelinePoint
+from lowmem_compile.reporting.model import CONTENDERS, GraphReport, SavedTensor, TimelinePoint
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Entry:
             return
         partitions = dict(candidates.partitions)
         partitions["lowmem"] = candidates.compiled
-        partitions.update(self.baseline_partitions() or {})
+        partitions.update({n: p for n, p in (self.baseline_partitions() or {}).items() if n in CONTENDERS})
         saved = {name: p.saved_tensors() for name, p in partitions.items()}
         timelines = {name: simulate(p) for name, p in partitions.items()}
         if self.eager[0]:
@@ -67,6 +67,8 @@ class Entry:
             passes=tuple(self.recorder.runs),
             dump_dir=None if dump is None else str(dump),
             from_cache=False,
+            planned=candidates.planned,
+            curve=candidates.curve,
         )
         text = self.graph_report.to_json()
         self.recorder.trace("lowmem_report", lambda: text)

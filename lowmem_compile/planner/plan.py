@@ -86,9 +86,17 @@ class Planner:
         self.measured = dict(measured or {})
         self.items = items_of(partition.forward.graph, ctx, self.program, self.measured)
         self.step = max(step_time(self.program, BALANCE.get(ctx.device, BALANCE["cpu"])), 1.0)
+        self.ctx = ctx
+        self._solved: dict[int, Plan | None] = {}
 
-    def solve(self, cap: int, *, least: bool = False) -> Plan | None:
-        """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none.
+    def solve(self, cap: int) -> Plan | None:
+        """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none; solved once a cap."""
+        if cap not in self._solved:
+            self._solved[cap] = self._solve(cap)
+        return self._solved[cap]
+
+    def _solve(self, cap: int, *, least: bool = False) -> Plan | None:
+        """The same, solved anew.
 
         Args:
             cap: bytes.
@@ -99,7 +107,7 @@ class Planner:
 
         columns = [(i, c) for i, item in enumerate(self.items) for c in item.choices]
         if not columns:
-            return self._plan({})
+            return self.plan_of({})
         cost = np.array([c.error2 / ERROR**2 + c.cost / (TIME * self.step) for _, c in columns])
         sizes = np.array([float(c.nbytes) for _, c in columns])
         of_item: dict[int, list[int]] = defaultdict(list)
@@ -127,9 +135,10 @@ class Planner:
         )
         if result.x is None:
             return None
-        return self._plan({self.items[i].root: c.name for (i, c), x in zip(columns, result.x, strict=True) if x > 0.5})
+        return self.plan_of({self.items[i].root: c.name for (i, c), x in zip(columns, result.x, strict=True) if x > 0.5})
 
-    def _plan(self, decisions: dict[str, str]) -> Plan:
+    def plan_of(self, decisions: dict[str, str]) -> Plan:
+        """The plan with these decisions, one for every item."""
         chosen = [item.choice(decisions[item.root]) for item in self.items]
         return Plan(
             decisions,
@@ -152,7 +161,7 @@ class Planner:
             have = [name for name in ("int8", "int10") if any(c.name == name for c in item.choices)]
             harmless = [name for name in have if found is not None and found.cosine(name) >= cosine]
             decisions[item.root] = harmless[0] if harmless else "exact"
-        return replace(self._plan(decisions), for_budget=False)
+        return replace(self.plan_of(decisions), for_budget=False)
 
     def applied(self, decisions: dict[str, str]) -> Program:
         """The program as the saved stage will make it."""
@@ -196,7 +205,7 @@ class Planner:
                 best = plan if best is None or plan.worse(lowest) < best.worse(lowest) else best
         if best is not None:
             return best
-        least = self.solve(0, least=True)
+        least = self._solve(0, least=True)
         assert least is not None
         if budget.share is not None:
             raise BudgetError(

@@ -32,15 +32,38 @@ def simulate(partition: Partition) -> tuple[TimelinePoint, ...]:
 
 def timeline(program: Program) -> tuple[TimelinePoint, ...]:
     """The same for a program."""
-    forward = _run(kernels_of(program.forward, program.forward_outputs), {}, program.forward_outputs, "forward")
+    forward, backward = kernel_points(program)
+    return (*thinned(forward), *thinned(backward))
+
+
+def kernel_points(program: Program, device: str = "cpu", *, hold: bool = True) -> tuple[list[TimelinePoint], list[TimelinePoint]]:
+    """The forward and the backward pass with a point for each kernel.
+
+    Args:
+        program: what is simulated.
+        device: ``"cpu"``, where loops that follow one another are one call, or ``"cuda"``, where each kernel is a launch.
+        hold: keep dead buffers for later ones. Inductor does so only where that does not raise its peak, so that the highest
+            point is nearly the same without, and what is alive in one layer then depends on that layer alone.
+    """
+    forward_kernels = kernels_of(program.forward, program.forward_outputs)
+    backward_kernels = kernels_of(program.backward, program.backward_outputs)
     start = {c.inputs: (c.nbytes, c.dtype) for c in program.crossings}
-    backward = _run(kernels_of(program.backward, program.backward_outputs), start, program.backward_outputs, "backward")
-    return tuple(_thin(forward) + _thin(backward))
+    way = _Way(grouped=device == "cpu", hold=hold)
+    forward = _run(forward_kernels, {}, program.forward_outputs, "forward", way)
+    return forward, _run(backward_kernels, start, program.backward_outputs, "backward", way)
 
 
 def peak(points: Sequence[TimelinePoint]) -> int:
     """The highest point."""
     return max((p.live_bytes for p in points), default=0)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """``grouped``: loops that follow one another are one call; ``hold``: dead buffers wait for later ones."""
+
+    grouped: bool
+    hold: bool
 
 
 @dataclass
@@ -54,14 +77,19 @@ class _Span:
 
 
 def _run(
-    kernels: Sequence[Kernel], start: Mapping[tuple[str, ...], tuple[int, str]], outputs: frozenset[str], phase: str
+    kernels: Sequence[Kernel],
+    start: Mapping[tuple[str, ...], tuple[int, str]],
+    outputs: frozenset[str],
+    phase: str,
+    way: _Way,
 ) -> list[TimelinePoint]:
     owner = {name: names[0] for names in start for name in names}
     first = {names[0]: size for names, size in start.items()}
-    spans, given = _spans(kernels, first, owner, outputs)
+    spans, given = _spans(kernels, first, owner, outputs, way)
     live = _total(len(kernels), (*spans, *given))
-    expected = [s for group in _spans(kernels, first, owner, outputs, expected=True) for s in group]
-    _hold_for_reuse(live, spans, _total(len(kernels), expected))
+    if way.hold:
+        expected = [s for group in _spans(kernels, first, owner, outputs, way, expected=True) for s in group]
+        _hold_for_reuse(live, spans, _total(len(kernels), expected))
     points = [TimelinePoint(f"start of {phase}", phase, sum(s.size for s in given))] if given else []  # type: ignore[arg-type]
     points += [TimelinePoint(k.module or k.makes[0].target, phase, m) for k, m in zip(kernels, live, strict=True)]  # type: ignore[arg-type]
     last = len(kernels) - 1
@@ -74,6 +102,7 @@ def _spans(
     start: Mapping[str, tuple[int, str]],
     owner: Mapping[str, str],
     outputs: frozenset[str],
+    way: _Way,
     *,
     expected: bool = False,
 ) -> tuple[list[_Span], list[_Span]]:
@@ -82,7 +111,7 @@ def _spans(
     for i, kernel in enumerate(kernels):
         for name in kernel.reads:
             last[owner.get(name, name)] = i
-    call_end = list(range(len(kernels))) if expected else _call_ends(kernels)
+    call_end = _call_ends(kernels) if way.grouped and not expected else list(range(len(kernels)))
     forever = len(kernels)
     alive = {n: _Span(size, dtype, 0, call_end[last[n]] if n in last else -1) for n, (size, dtype) in start.items()}
     for name in alive.keys() & outputs:
@@ -155,8 +184,9 @@ def _hold_for_reuse(live: list[int], spans: Sequence[_Span], expected: list[int]
             pool[span.size, span.dtype].append(i)
 
 
-def _thin(points: list[TimelinePoint]) -> list[TimelinePoint]:
+def thinned(points: Sequence[TimelinePoint]) -> list[TimelinePoint]:
+    """The points of one phase, the highest of each few where there are many."""
     if len(points) <= MOST_POINTS // 2:
-        return points
+        return list(points)
     step = -(-len(points) // (MOST_POINTS // 2))
     return [max(points[i : i + step], key=lambda p: p.live_bytes) for i in range(0, len(points), step)]

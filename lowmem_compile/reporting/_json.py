@@ -114,4 +114,6 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
 def _fits(hint: Any, value: Any) -> bool:
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
     return type(value) is hint

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lowmem_compile.reporting import charts, summary, units
+from lowmem_compile.reporting.curve import budget_curve
 from lowmem_compile.reporting.model import CONTENDERS, KINDS, GraphReport, Report
 from lowmem_compile.reporting.summary import SiteGroup
 
@@ -52,10 +53,10 @@ def render_html(report: Report, *, title: str = "lowmem report") -> str:
     Names from the model are escaped, characters in them that do not print are spelt out, and the page's
     content policy lets the browser run only the page's own script.
     """
-    environment = _environment()
-    script = environment.get_template("report.js.j2").render()
+    pages = environment()
+    script = pages.get_template("report.js.j2").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return pages.get_template("report.html.j2").render(
         title=title,
         script=Markup(script),  # noqa: S704 - our own file, without variables
         script_hash=digest,
@@ -74,8 +75,9 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of the pages, with the filters that they use."""
+    pages = Environment(
         loader=PackageLoader("lowmem_compile.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -83,7 +85,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters.update(
+    pages.filters.update(
         bytes=units.format_bytes,
         exact=units.exact_bytes,
         shape=units.format_shape,
@@ -92,7 +94,7 @@ def _environment() -> Environment:
         breakable=_breakable,
         short_source=_short_source,
     )
-    environment.globals.update(
+    pages.globals.update(
         change=units.format_change,
         plural=units.plural,
         names=summary.CONTENDER_NAMES,
@@ -100,7 +102,7 @@ def _environment() -> Environment:
         no_module=summary.NO_MODULE,
         inference_note=summary.inference_note(),
     )
-    return environment
+    return pages
 
 
 def _finalize(value: Any) -> Any:
@@ -132,6 +134,7 @@ def _graph_view(graph: GraphReport, number: int) -> dict[str, Any]:
         "note": "" if graph.has_figures else summary.no_figures_note(graph),
         "bars": charts.saved_bars(graph),
         "timeline": charts.memory_timeline(graph),
+        "curve": budget_curve(graph),
         "legend": [(kind, KIND_NOTES[kind]) for kind in KINDS if kind in present],
         "contenders": [(name, graph.saved_bytes(name), graph.peak_point(name)) for name in shown],
         "kept": list(summary.bytes_by(kept, "kind", "decision").items()),

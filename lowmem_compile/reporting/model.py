@@ -97,6 +97,55 @@ class TimelinePoint(JsonRecord):
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedTensor(JsonRecord):
+    """What the planner does with one tensor that crosses from forward to backward.
+
+    `choice` is "exact", a codec or "recompute". `error` is the relative error of the tensor, `gradient_error` what it adds to
+    that of the gradient (errors add as squares). `time` is the estimated extra time as a share of the step.
+    """
+
+    name: str
+    module: str
+    source: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    kind: Kind
+    choice: str
+    bytes_before: int
+    bytes_after: int
+    error: float
+    gradient_error: float
+    time: float
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS)
+        _natural("bytes_before", self.bytes_before)
+        _natural("bytes_after", self.bytes_after)
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint(JsonRecord):
+    """One partition of a graph on the curve of bytes, error and time.
+
+    `contender` is "lowmem" (with `memory_budget`) or "inductor" (with `activation_memory_budget`), `budget` the share that was
+    asked for, None for the default. `error` is the estimated relative error of the gradient, `time` the estimated extra time as a
+    share of Inductor's step, by one model for both.
+    """
+
+    contender: Contender
+    budget: float | None
+    saved: int
+    peak: int
+    error: float
+    time: float
+
+    def __post_init__(self) -> None:
+        _one_of("contender", self.contender, CONTENDERS)
+        _natural("saved", self.saved)
+        _natural("peak", self.peak)
+
+
+@dataclass(frozen=True, slots=True)
 class PassRun(JsonRecord):
     """One run of one pass over one graph. `seconds` is wall time; `ops_*` count the graph's calls."""
 
@@ -124,7 +173,8 @@ class GraphReport(JsonRecord):
 
     The keys of `saved` and `timelines` are contenders: "eager", "inductor", "one_flag" (Inductor with
     `ban_recompute_materialized_backward=False`) and "lowmem". A contender that was not measured is absent. A
-    timeline is in the order of execution, the forward pass before the backward pass.
+    timeline is in the order of execution, the forward pass before the backward pass. `planned` is filled where a budget
+    was given or the curve was asked for, `curve` where it was asked for.
     """
 
     graph_id: str
@@ -135,6 +185,8 @@ class GraphReport(JsonRecord):
     passes: tuple[PassRun, ...] = ()
     dump_dir: str | None = None
     from_cache: bool = False
+    planned: tuple[PlannedTensor, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
