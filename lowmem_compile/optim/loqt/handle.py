@@ -36,6 +36,10 @@ class Settings:
 
 STRUCTURE = ("rank", "scale", "quantise", "block", "double_quantise", "side")
 """Settings that decide what the stored tensors are and mean."""
+NO_LAYER = (
+    "the loss of a merge's batch does not depend on any LoQT layer. Return the loss itself: not detached, not after backward(),"
+    " and not from a copy of the model made before lowmem_compile.loqt. Checkpointing needs use_reentrant=False."
+)
 
 
 @dataclass(frozen=True)
@@ -134,10 +138,12 @@ class LoQT:
                 layer.intercept = merge.intercept
             with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 loss = closure()
-                self._check_loss(loss, merge)
+                _check_loss(loss)
                 merge.backward = True
                 loss.backward()  # type: ignore[no-untyped-call]
             merge.finish_pending()
+            if not merge.errors and not merge.refused:
+                raise GradientError(NO_LAYER)
         finally:
             for layer in self.layers.values():
                 layer.intercept = None
@@ -156,19 +162,6 @@ class LoQT:
             self.step, float(loss.detach()), {n: merge.errors[n] for n in self.layers if n in merge.errors}, untouched
         )
         return self.last
-
-    def _check_loss(self, loss: Any, merge: Merge) -> None:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise OptionError(
-                f"the closure of a merge returns the loss, a tensor of one element; this one returned {type(loss)}."
-            )
-        if not bool(loss.detach().isfinite()):
-            raise GradientError(f"the loss of a merge's batch is {float(loss.detach())}; nothing has been changed.")
-        if not merge.uses or not loss.requires_grad:
-            raise GradientError(
-                "the loss of a merge's batch does not depend on any LoQT layer. Return the loss itself: not detached, not after "
-                "backward(), and not from a copy of the model made before lowmem_compile.loqt."
-            )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters: every layer's B, and what else of the model requires a gradient."""
@@ -213,6 +206,15 @@ class LoQT:
         for name, layer in list(layers_of(model)):
             _replace(model, name, layer, plain_linear(layer))
         return model
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise OptionError(f"the closure of a merge returns the loss, a tensor of one element; this one returned {type(loss)}.")
+    if not bool(loss.detach().isfinite()):
+        raise GradientError(f"the loss of a merge's batch is {float(loss.detach())}; nothing has been changed.")
+    if not loss.requires_grad:
+        raise GradientError(NO_LAYER)
 
 
 def plain_linear(layer: LoQTLinear) -> nn.Linear:

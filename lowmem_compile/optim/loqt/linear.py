@@ -57,7 +57,7 @@ class LoQTLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.side, self.rank, self.scale = side, rank, scale
-        self.formats: dict[str, Format] = {WEIGHT: weight_format, PROJECTOR: projector_format}
+        self.formats: dict[str, Format] = {PROJECTOR: projector_format, WEIGHT: weight_format}
         self.weight_was_trained = linear.weight.requires_grad
         self.started = False
         self.intercept: Callable[[LoQTLinear, Tensor], Tensor] | None = None
