@@ -6,7 +6,8 @@
 
 Text: the language reference that comes with Python (``pydoc_data.topics``, 465,048 characters), as bytes; the last twentieth is
 held out. Every step's windows depend on the step alone, so all methods see the same batches in the same order. The learning rate
-rises over a tenth of the steps and falls to a tenth along a cosine. Its peak and LoQT's scale are the published ones for 60M (LoQT: lr 0.01, s 0.4, rank a quarter of the width, C = 5, τ = 100, ψ = 1.2; GaLore: lr 0.01, α 0.25, T = 200); AdamW has lr 0.001.
+rises over a tenth of the steps and falls to a tenth along a cosine. Its peak and LoQT's scale are the published ones for 60M
+(LoQT: lr 0.01, s 0.4, rank a quarter of the width, C = 5, τ = 100, ψ = 1.2; GaLore: lr 0.01, α 0.25, T = 200); AdamW has 0.001.
 
 A run stops and goes on: it is saved every ``--save-every`` steps in ``--output``. Published at 60M, of perplexity on C4 after 1.1
 billion tokens: full rank 33.32, LoQT 33.98, GaLore 34.15 (arXiv:2405.16528, table 1).
@@ -77,7 +78,7 @@ class Run:
         self.plan, self.step, self.history = plan, 0, []  # type: ignore[var-annotated]
         self.seconds = 0.0
         torch.manual_seed(plan.seed)
-        shape = SHAPES[plan.shape]
+        shape: dict[str, Any] = dict(SHAPES[plan.shape])
         config = LlamaConfig(vocab_size=256, max_position_embeddings=plan.length, use_cache=False, **shape)
         self.model = LlamaForCausalLM(config).train()
         self.training: LoQT | None = None
@@ -133,7 +134,7 @@ class Run:
         if self.training is not None:
             self.training.before_step(lambda: self.loss(ids))
         loss = self.loss(ids)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -140,7 +140,7 @@ class LoQT:
                 loss = closure()
                 _check_loss(loss)
                 merge.backward = True
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             merge.finish_pending()
             if not merge.errors and not merge.refused:
                 raise GradientError(NO_LAYER)
@@ -221,7 +221,7 @@ def plain_linear(layer: LoQTLinear) -> nn.Linear:
     """The ``nn.Linear`` that a LoQT layer stands for, with the layer's own bias."""
     made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=layer.B.dtype)
     made.weight = nn.Parameter(layer.weight, requires_grad=layer.weight_was_trained)
-    made.bias = layer.bias
+    made.register_parameter("bias", layer.bias)
     return made.train(layer.training)
 
 

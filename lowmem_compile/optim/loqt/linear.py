@@ -51,6 +51,8 @@ class LoQTLinear(nn.Module):
         intercept: set while a merge is under way: takes the place of the forward pass.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, linear: nn.Linear, *, side: Side, rank: int, scale: float, weight_format: Format, projector_format: Format
     ) -> None:
@@ -144,8 +146,9 @@ class LoQTLinear(nn.Module):
             M = self.decoded(what, self.B.dtype)
             return F.linear(x, M.T if transposed else M, bias)
         stored = self.stored(what)
-        args = (x, bias, form, self._tables(), self.B.dtype, transposed, tuple(stored), *stored.values())
-        return cast("Tensor", FrozenLinear.apply(*args))
+        apply: Any = FrozenLinear.apply
+        out: Tensor = apply(x, bias, form, self._tables(), self.B.dtype, transposed, tuple(stored), *stored.values())
+        return out
 
     def _tables(self) -> dict[str, Tensor]:
         prefix = f"{TABLES}_"
@@ -160,7 +163,7 @@ class LoQTLinear(nn.Module):
         """As in any module, but scales and tables stay float32 when the model's dtype is changed."""
         kept = {k: v for k, v in self._buffers.items() if v is not None and k != FULL and v.is_floating_point()}
         quantised = isinstance(self.formats[WEIGHT], NF4)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for key, before in kept.items():
             after = self._buffer(key)
             if quantised and after.dtype != before.dtype:

@@ -152,7 +152,8 @@ class Merge:
         if not self.backward:  # a forward pass that checkpointing repeats is not counted again
             self.uses[layer] = self.uses.get(layer, 0) + 1
         anchor = torch.zeros((), device=x.device, requires_grad=True)
-        out: Tensor = _MergeInBackward.apply(x, anchor, layer, self)
+        apply: Any = _MergeInBackward.apply
+        out: Tensor = apply(x, anchor, layer, self)
         return out
 
     def receive(self, layer: LoQTLinear, G: Tensor) -> None:

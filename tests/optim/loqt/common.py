@@ -58,7 +58,7 @@ def train(model: Callable[..., Tensor], training: LoQT, optimizer: torch.optim.O
     for number in steps:
         training.before_step(lambda n=number: loss_of(model, n))  # type: ignore[misc]
         loss = loss_of(model, number)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))

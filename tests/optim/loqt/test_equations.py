@@ -41,9 +41,9 @@ def test_the_gradient_of_b_is_the_projected_gradient(shape: tuple[int, int], sid
     training.merge(lambda: loss_of(model, shape, 0))
     layer = model[0]
     assert isinstance(layer, LoQTLinear)
-    loss_of(model, shape, 1).backward()  # type: ignore[no-untyped-call]
+    loss_of(model, shape, 1).backward()
     whole = training.merge_and_export()
-    loss_of(whole, shape, 1).backward()  # type: ignore[no-untyped-call]
+    loss_of(whole, shape, 1).backward()
     (G,) = (p.grad for p in whole.parameters())
     assert G is not None
     P = layer.decoded(PROJECTOR, torch.float32)
@@ -57,7 +57,7 @@ def test_the_basis_is_galores() -> None:
     for shape in SHAPES:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
-        loss_of(model, shape, 0).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, shape, 0).backward()
         (G,) = (p.grad for p in model.parameters())
         assert G is not None
         training = lowmem_compile.loqt(model, RANK, quantise=False)
@@ -91,7 +91,7 @@ def test_forty_adam_steps_equal_galore(shape: tuple[int, int], scale: float, dty
         for step in range(STEPS):
             if kind == "loqt" and step % GAP == 0:
                 training.merge(lambda: loss_of(model, shape, step))  # noqa: B023
-            loss_of(model, shape, step).backward()  # type: ignore[no-untyped-call]
+            loss_of(model, shape, step).backward()
             optimizer.step()
             optimizer.zero_grad()
         final = model if kind == "galore" else training.merge_and_export()

@@ -21,8 +21,8 @@ def test_the_compiled_graph_keeps_x_p(options: dict[str, Any]) -> None:
     model, _ = under_loqt(side="input", **options)
     eager = copy.deepcopy(model)
     graphs = compile_graphs(model, gradients="exact")
-    loss_of(graphs).backward()  # type: ignore[no-untyped-call]
-    loss_of(eager).backward()  # type: ignore[no-untyped-call]
+    loss_of(graphs).backward()
+    loss_of(eager).backward()
     kept = [tuple(node.meta["val"].shape) for node in graphs.chosen.kept()]
     assert kept.count((N, R)) == 3
     assert kept.count((N, H)) == 1  # GELU's input; its output, down's x, is not kept
@@ -39,7 +39,7 @@ def test_the_compiled_graph_keeps_x_p(options: dict[str, Any]) -> None:
 def test_p_on_the_output_side_needs_x() -> None:
     model, _ = under_loqt()
     graphs = compile_graphs(model, gradients="exact")
-    loss_of(graphs).backward()  # type: ignore[no-untyped-call]
+    loss_of(graphs).backward()
     kept = [tuple(node.meta["val"].shape) for node in graphs.chosen.kept()]
     assert kept.count((N, R)) == 2
     assert not {(D, D), (H, D), (D, H)} & set(kept)
@@ -62,7 +62,7 @@ def test_compiled_training_equals_eager_training_and_merges_do_not_recompile() -
             with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
                 training.before_step(lambda: F.mse_loss(model(x), target))  # noqa: B023
                 loss = F.mse_loss(model(x), target)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lowmem_compile
 from lowmem_compile.demo.packages import quiet
 from lowmem_compile.errors import OptionError
-from lowmem_compile.optim.loqt import AdamW, LoQTLinear, PerLayerUpdates
+from lowmem_compile.optim.loqt import AdamW, LoQTLinear, PerLayerUpdates, loqt
 from lowmem_compile.optim.loqt.linear import PROJECTOR, WEIGHT
 from tests.optim.loqt.common import D, H, Mixer, N, R, batch, loss_of, train, under_loqt
 
@@ -118,7 +122,7 @@ def test_the_bytes_reported_are_the_bytes_held(bits: int | None, dtype: torch.dt
     said = training.report(bits=bits)
     training.merge(lambda: loss_of(model, dtype=dtype))
     optimizer = AdamW(training.parameters(), bits=bits)
-    loss_of(model, dtype=dtype).backward()  # type: ignore[no-untyped-call]
+    loss_of(model, dtype=dtype).backward()
     optimizer.step()
     for row in said.rows:
         layer = training.layers[row.name]
@@ -159,7 +163,8 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int) -> nn.Module:
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=32000
     )
     with torch.device("meta"), quiet():
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16)
 
 
 def test_llama_7b_and_13b() -> None:
@@ -252,10 +257,23 @@ def test_the_exported_llama_loads_into_its_class(tmp_path: Any) -> None:
         training = lowmem_compile.loqt(model, 4, include=["*self_attn*", "*mlp*"])
         ids = torch.randint(40, (2, 12))
         training.before_step(lambda: model(input_ids=ids, labels=ids).loss)
-        training.merge_and_export().save_pretrained(tmp_path)
+        exported: Any = training.merge_and_export()
+        exported.save_pretrained(tmp_path)
         loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+# The page.
+
+
+def test_the_page_has_every_option_with_its_default() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "loqt.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", page, re.MULTILINE)
+    parameters = inspect.signature(loqt).parameters
+    assert {name: ast.literal_eval(default) for name, default in rows} == {
+        name: p.default for name, p in parameters.items() if name not in ("model", "rank")
+    }
 
 
 # Optimizers.
@@ -268,9 +286,9 @@ def test_per_layer_updates_equal_one_optimizer() -> None:
     updates = PerLayerUpdates(model.named_parameters(), lambda params: AdamW(params, 1e-2))
     optimizer = AdamW(other.parameters(), 1e-2)
     for number in range(3):
-        loss_of(model, number).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, number).backward()
         assert all(p.grad is None for p in model.parameters())
-        loss_of(other, number).backward()  # type: ignore[no-untyped-call]
+        loss_of(other, number).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -282,7 +300,7 @@ def test_per_layer_updates_equal_one_optimizer() -> None:
     with pytest.raises(OptionError, match=r"other parameters: up\.B"):
         updates.load_state_dict({k: v for k, v in state.items() if k != "up.B"})
     updates.remove()
-    loss_of(model).backward()  # type: ignore[no-untyped-call]
+    loss_of(model).backward()
     assert model.up.B.grad is not None
 
 

@@ -97,7 +97,7 @@ def test_the_gradient_is_of_the_whole_weight(svd: Any) -> None:
     """P spans the first singular vectors of ∂loss/∂W of the exported model, biases and norms frozen or not."""
     model, training = under_loqt(quantise=False, merge=False, svd=svd)
     plain = training.merge_and_export()
-    loss_of(plain).backward()  # type: ignore[no-untyped-call]
+    loss_of(plain).backward()
     training.merge(lambda: loss_of(model))
     for name, layer in training.layers.items():
         G = plain.get_submodule(name).weight.grad
@@ -161,7 +161,7 @@ def test_a_layer_that_is_used_several_times(checkpointed: bool | None) -> None:
     model = Shared(checkpointed)
     plain = Shared()
     plain.load_state_dict(model.state_dict())
-    loss_of(plain).backward()  # type: ignore[no-untyped-call]
+    loss_of(plain).backward()
     training = lowmem_compile.loqt(model, R, quantise=False)
     training.merge(lambda: loss_of(model))
     (layer,) = training.layers.values()
@@ -219,7 +219,8 @@ def test_what_is_not_finite() -> None:
         x, target = batch()
         hidden = model.norm(model.first(x))
         hidden.register_hook(lambda g: g * float("inf"))
-        return (model.down(torch.tanh(model.up(hidden))) - target).square().mean()
+        loss: Tensor = (model.down(torch.tanh(model.up(hidden))) - target).square().mean()
+        return loss
 
     with pytest.raises(GradientError, match=r"gradient of first is not finite.*Merged: 2 of 3 layers"):
         training.merge(spoilt)
