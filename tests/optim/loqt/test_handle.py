@@ -32,7 +32,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, 32)
-        self.attn = nn.Linear(32, 32)
+        self.attn: nn.Module = nn.Linear(32, 32)
         self.mlp = nn.Linear(32, 80, bias=False)
         self.out = nn.modules.linear.NonDynamicallyQuantizableLinear(80, 32)
         self.hooked = nn.Linear(32, 32)
