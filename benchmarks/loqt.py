@@ -1,8 +1,9 @@
 """Pre-train a LLaMA from scratch with LoQT and with AdamW, on the same text, and compare held-out losses.
 
     python benchmarks/loqt.py                                  # 60M shape, 1000 steps: hours on a CPU
-    python benchmarks/loqt.py --shape small                    # a sixth of it in width and depth: minutes
+    python benchmarks/loqt.py --shape small                    # half of its width and depth: minutes
     python benchmarks/loqt.py --shape small --steps 200 --methods loqt,galore,adamw
+    python benchmarks/loqt.py --shape small --peaks            # memory of one step, in seconds
 
 Text: the language reference that comes with Python (``pydoc_data.topics``, 465,048 characters), as bytes; the last twentieth is
 held out. Every step's windows depend on the step alone, so all methods see the same batches in the same order. The learning rate
@@ -33,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowmem_compile
 from lowmem_compile.demo.data import corpus
+from lowmem_compile.demo.measure import peak_bytes
 from lowmem_compile.optim import GaLore, split
 from lowmem_compile.optim.loqt import AdamW, LoQT
 from lowmem_compile.reporting.units import format_bytes
@@ -211,6 +213,29 @@ def run(plan: Plan, output: Path, save_every: int, evaluate_every: int) -> dict[
     return row
 
 
+def peak(plan: Plan) -> dict[str, int]:
+    """Bytes that exist before a step, and what its forward and backward pass adds at the peak of the CPU allocator."""
+    current = Run(plan)
+    current.advance()
+    ids = current.windows(current.train_text, 1, plan.rows)
+    current.loss(ids).backward()  # compiles the gradient's graph, if any
+    current.optimizer.zero_grad()
+    held = current.held()
+    return {"held": held["weights"] + held["state"], "step": peak_bytes(lambda: current.loss(ids)).peak}
+
+
+def print_peaks(plans: list[Plan]) -> None:
+    """One row a method."""
+    table = Table(title=f"one step of LLaMA {plans[0].shape}, {plans[0].rows} x {plans[0].length} bytes, {plans[0].backend}")
+    for head in ("method", "weights and state", "peak of forward and backward", "together"):
+        table.add_column(head)
+    for plan in plans:
+        sizes = peak(plan)
+        row = (sizes["held"], sizes["step"], sum(sizes.values()))
+        table.add_row(plan.method, *(format_bytes(size) for size in row))
+    Console(width=130).print(table)
+
+
 def main(
     shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}")] = "60m",
     steps: int = 1000,
@@ -226,6 +251,7 @@ def main(
     backend: Annotated[str, typer.Option(help="eager, lowmem or inductor")] = "eager",
     save_every: int = 50,
     evaluate_every: int = 100,
+    peaks: Annotated[bool, typer.Option("--peaks", help="only measure the peak of a step")] = False,
     output: Path = Path("benchmarks/results/loqt"),
 ) -> None:
     """Train with each method and print one table."""
@@ -235,30 +261,18 @@ def main(
             raise typer.BadParameter(f"method {name!r}: there are {', '.join(PEAK_LR)}.")
     if shape not in SHAPES:
         raise typer.BadParameter(f"shape {shape!r}: there are {', '.join(SHAPES)}.")
-    output.mkdir(parents=True, exist_ok=True)
     width = SHAPES[shape]["hidden_size"]
-    made = [
-        run(
-            Plan(
-                name,
-                shape,
-                steps,
-                rows,
-                length,
-                lr or PEAK_LR[name],
-                rank or width // 4,
-                compensation,
-                bits,
-                quantise,
-                seed,
-                backend,
-            ),
-            output,
-            save_every,
-            evaluate_every,
+    plans = [
+        Plan(
+            name, shape, steps, rows, length, lr or PEAK_LR[name], rank or width // 4, compensation, bits, quantise, seed, backend
         )
         for name in names
     ]
+    if peaks:
+        print_peaks(plans)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    made = [run(plan, output, save_every, evaluate_every) for plan in plans]
     base = next((r["held_out"] for r in made if r["method"] == "adamw"), None)
     table = Table(title=f"LLaMA {shape}, {steps} steps of {rows} x {length} bytes, rank {rank or width // 4}")
     for head in ("method", "held-out loss", "against AdamW", "weights", "gradients", "state", "s/step", "merges"):

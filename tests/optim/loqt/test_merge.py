@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowmem_compile
 from lowmem_compile.demo.measure import peak_bytes
-from lowmem_compile.errors import GradientError, OptionError
+from lowmem_compile.errors import GradientError, LowMemError, OptionError
 from lowmem_compile.optim.loqt import LoQTLinear
 from lowmem_compile.optim.loqt.linear import PROJECTOR, WEIGHT
 from lowmem_compile.optim.loqt.merge import compensate
@@ -171,6 +171,7 @@ def test_a_layer_that_is_used_several_times(checkpointed: bool | None) -> None:
     assert torch.allclose(P @ P.T, wanted @ wanted.T, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_reentrant_checkpointing_of_a_shared_layer_is_refused() -> None:
     model = Shared(checkpointed=True)
     training = lowmem_compile.loqt(model, R)
@@ -230,6 +231,14 @@ def test_what_is_not_finite() -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if key.startswith("first"))
     assert training.merges == 1
     assert all(layer.intercept is None for layer in training.layers.values())
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, training = under_loqt()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(LowMemError, match="LoQT merges in one process only"):
+        training.merge(lambda: loss_of(model))
 
 
 def test_a_closure_that_gives_no_loss() -> None:
