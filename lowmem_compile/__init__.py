@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowmem_compile.api import explain, report
     from lowmem_compile.errors import LowMemError
+    from lowmem_compile.optim.loqt.convert import loqt
     from lowmem_compile.options import Options
 
 __version__ = "0.1.0"
 
-__all__ = ["LowMemError", "Options", "__version__", "explain", "report"]
+__all__ = ["LowMemError", "Options", "__version__", "explain", "loqt", "report"]
 
 _HOME_OF = {
     "LowMemError": "lowmem_compile.errors",
     "Options": "lowmem_compile.options",
     "explain": "lowmem_compile.api",
+    "loqt": "lowmem_compile.optim.loqt.convert",
     "report": "lowmem_compile.api",
 }
 
