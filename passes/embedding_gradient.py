@@ -132,7 +132,8 @@ def sum_rows(
 ) -> torch.Tensor:
     """``zeros`` [V, D] plus the rows [..., D] at ``index`` [...], rounded once to ``dtype``."""
     at, sums = row_sums(mask, index, rows, zeros)
-    return scatter_rows(sums.to(dtype), at, zeros.shape[0])
+    table: torch.Tensor = scatter_rows(sums.to(dtype), at, zeros.shape[0])
+    return table
 
 
 def add_rows(
