@@ -156,6 +156,7 @@ def test_the_order_of_the_passes() -> None:
         "fold_norm_affine",
         "fold_layer_scale",
         "chunk_loss",
+        "projection_taps",
         "norm_from_output",
         "approximate_activation",
         "update_in_backward",
