@@ -266,6 +266,29 @@ def test_another_backend_gives_the_same() -> None:
     assert_same(state(model), want, TOLERANCE[torch.float32])
 
 
+class Shrinking(nn.Module):
+    """The forward pass writes to a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.w.mul_(0.5)
+        return ((x @ self.w).tanh() @ self.v).square().sum()
+
+
+def test_a_parameter_that_the_forward_pass_writes_to_is_declined_and_updated_afterwards() -> None:
+    model, x = Shrinking(), torch.randn(3, 4)
+    twin, call = copy.deepcopy(model), graphs_of(model)
+    twin(x).backward()
+    torch.optim.SGD(twin.parameters(), lr=RATE).step()
+    backward_with_updates(lambda: call(x), sgd_for(model))
+    assert call.codes(NAME) == ["LM214", "LM100"]
+    assert_same(state(model), state(twin), TOLERANCE[torch.float32])
+
+
 def test_bytes_are_those_of_the_gradient() -> None:
     model = nn.Linear(12, 7)
     call = graphs_of(lambda x: model(x).square().sum())
