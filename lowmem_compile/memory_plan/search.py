@@ -38,7 +38,7 @@ class Line:
 
 def line_of(one: Run, at: int, other: Run, at_other: int) -> Line:
     """The peak between and beyond two sizes; from the peaks alone where the two graphs do not have the same kernels."""
-    first, second = (np.array([p.live_bytes for p in (*r.forward, *r.backward)], dtype=float) for r in (one, other))
+    first, second = (np.array([p.live_bytes + r.held for p in (*r.forward, *r.backward)], dtype=float) for r in (one, other))
     if first.shape != second.shape:
         first, second = np.array([float(one.peak)]), np.array([float(other.peak)])
     return Line(at, first, (second - first) / (at_other - at))

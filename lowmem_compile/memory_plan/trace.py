@@ -23,6 +23,7 @@ from lowmem_compile.pipeline import Recorder
 from lowmem_compile.planner.budget import Budget
 from lowmem_compile.planner.program import program_of
 from lowmem_compile.planner.timeline import kernel_points
+from lowmem_compile.planner.timeline import peak as highest
 from lowmem_compile.registry import Entry
 from lowmem_compile.reporting.model import SavedTensor, TimelinePoint
 from lowmem_compile.saved import Partition
@@ -37,12 +38,14 @@ class Run:
         forward: bytes alive at each kernel, beyond parameters, buffers, inputs and optimizer state; without dead buffers that
             wait for later ones.
         backward: the same; gradients stay until the end.
+        held: how much higher the peak is with buffers that wait for later ones.
         error: estimated relative error of the gradient, where a budget was planned.
     """
 
     saved: tuple[SavedTensor, ...]
     forward: tuple[TimelinePoint, ...]
     backward: tuple[TimelinePoint, ...]
+    held: int = 0
     error: float | None = None
 
     @property
@@ -52,8 +55,8 @@ class Run:
 
     @property
     def peak(self) -> int:
-        """The highest point."""
-        return max((p.live_bytes for p in (*self.forward, *self.backward)), default=0)
+        """The highest point, with buffers that wait for later ones."""
+        return highest((*self.forward, *self.backward)) + self.held
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,11 @@ def budget_name(budget: float) -> str:
 
 def run_of(partition: Partition, device: str) -> Run:
     """A partition's saved tensors and simulated kernels."""
-    forward, backward = kernel_points(program_of(partition), device, hold=False)
-    return Run(partition.saved_tensors(), tuple(forward), tuple(backward))
+    program = program_of(partition)
+    forward, backward = kernel_points(program, device, hold=False)
+    with_held = [p for phase in kernel_points(program, device) for p in phase]
+    held = highest(with_held) - highest((*forward, *backward))
+    return Run(partition.saved_tensors(), tuple(forward), tuple(backward), max(held, 0))
 
 
 def joined(runs: Sequence[Run]) -> Run:
@@ -177,7 +183,7 @@ def joined(runs: Sequence[Run]) -> Run:
     for run, base in zip(reversed(runs), reversed(bases), strict=True):
         backward += [replace(p, live_bytes=p.live_bytes + base + gradients) for p in run.backward]
         gradients += run.backward[-1].live_bytes if run.backward else 0
-    return Run(tuple(t for r in runs for t in r.saved), tuple(forward), tuple(backward))
+    return Run(tuple(t for r in runs for t in r.saved), tuple(forward), tuple(backward), max(r.held for r in runs))
 
 
 def on_cpu(model: nn.Module, mode: FakeTensorMode, precision: str) -> nn.Module:

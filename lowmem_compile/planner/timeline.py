@@ -42,8 +42,8 @@ def kernel_points(program: Program, device: str = "cpu", *, hold: bool = True) -
     Args:
         program: what is simulated.
         device: ``"cpu"``, where loops that follow one another are one call, or ``"cuda"``, where each kernel is a launch.
-        hold: keep dead buffers for later ones. Inductor does so only where that does not raise its peak, so that the highest
-            point is nearly the same without, and what is alive in one layer then depends on that layer alone.
+        hold: keep dead buffers for later ones, as Inductor does where that does not raise the peak that it expects. Without,
+            what is alive in one layer depends on that layer alone.
     """
     forward_kernels = kernels_of(program.forward, program.forward_outputs)
     backward_kernels = kernels_of(program.backward, program.backward_outputs)

