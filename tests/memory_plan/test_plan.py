@@ -81,6 +81,7 @@ def test_a_budget_is_kept(three: Trace) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_plan_keeps_what_a_compile_keeps(subject: Subject) -> None:
     """Saved bytes to the byte, for lowmem and for Inductor."""
     import transformers
