@@ -133,6 +133,7 @@ VARIANTS: Mapping[str, Variant] = {
         Variant("lowmem", "lowmem", "lowmem"),
         _lowmem_budget(0.25),
         _lowmem_budget(0.15),
+        Variant("lowmem_calibrated", "lowmem, calibrated", "lowmem", options={"calibrate": True}),
         Variant("lowmem_no_codecs", "lowmem, no codecs", "lowmem", options={"codec": "none"}),
         Variant(
             "lowmem_derivative",
