@@ -33,7 +33,7 @@ from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, w
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, Candidates, budget_partitions, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
-from lowmem_compile.registry import Entry, register
+from lowmem_compile.registry import Entry, forget, register
 from lowmem_compile.registry import reset as reset_registry
 from lowmem_compile.saved import Partition
 from lowmem_compile.tapping import TapInput, Variants, tapped_positions
@@ -147,6 +147,9 @@ def compile_graph(
     try:
         table = decompositions(settings)
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, **more)
+    except BaseException:
+        forget(entry)  # an error, or Dynamo starts again with other assumptions
+        raise
     finally:
         partitioner.inputs = ()
     return with_claims(cast("Callable[..., Any]", compiled), updates)

@@ -138,6 +138,11 @@ def register(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     return entry
 
 
+def forget(entry: Entry) -> None:
+    """Drop the entry of a graph whose compile did not come to its end."""
+    ENTRIES[:] = [e for e in ENTRIES if e is not entry]
+
+
 def graph_key(gm: fx.GraphModule, tensors: Sequence[torch.Tensor], identity: str) -> str:
     """Hash of the graph, its inputs, the ambient state and our identity."""
     inputs = [(tuple(map(str, t.shape)), str(t.dtype), t.requires_grad, str(t.device)) for t in tensors]

@@ -136,8 +136,8 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM221": Reason(
         "Measured: codes would do harm",
-        "options['calibrate'] measured that with ten bits for this tensor the gradient of some parameter has a cosine "
-        "below 0.9999.",
+        "In ten bits this tensor would give the gradient of some parameter a cosine of less than four nines; options['calibrate'] "
+        "measured it.",
         "Give a memory_budget: it weighs the error against the bytes.",
     ),
     "LM300": Reason(
