@@ -136,7 +136,7 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM221": Reason(
         "Measured: codes would do harm",
-        "In ten bits this tensor would give the gradient of some parameter a cosine of less than four nines; options['calibrate'] "
+        "In ten bits this tensor would give the gradient of some parameter a cosine below four nines; options['calibrate'] "
         "measured it.",
         "Give a memory_budget: it weighs the error against the bytes.",
     ),
