@@ -5,15 +5,19 @@
 
 Data, with lengths as they are (no cutting to one length; a batch is padded to its longest, to a multiple of 16):
 
-    minilm   paragraphs of two pages of Python's language reference (``pydoc_data.topics``); which page?
+    minilm   paragraphs of two chapters of Python's language reference (``pydoc_data.topics``), on special method names and on
+             compound statements; which chapter?
     albert   scikit-learn's handwritten digits, read as rows of grey values with runs of white shortened; 3 or 8? The model was
              trained on reactions written as SMILES: its weights are real, the task is foreign to it.
 
-Every method sees batches of the same sizes. AdamW and in-place SGD draw from all examples, MeZO too; Addax takes the longer ones
-zeroth-order and the shorter ones first-order. Columns: accuracy on held-out examples at the end, steps, seconds of all steps (no
-evaluation, no compilation of the first step), the allocator's peak in one step on the longest batch that the method can draw,
-above what was there before (parameters, inputs, AdamW's state), AdamW's state, and the first step at which the accuracy reached
-the best that MeZO has had.
+AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the shorter ones first-order;
+the threshold is the greatest at which its step peaks at no more than ``--within`` times MeZO's (measured in the allocator, on
+the longest examples that are short), or the length at a given share of the examples (``--short``). Columns: accuracy on
+held-out examples at the end, steps, seconds of all steps (no evaluation, no compilation of the first step), the allocator's
+peak in one step on the longest batch that the method can draw, above what was there before (parameters, inputs, AdamW's state),
+AdamW's state, and the first evaluation at which the accuracy was the best that MeZO has had: its step, and the seconds up to it.
+
+``--sensitivity`` runs Addax alone, over factors of alpha and over shares of short examples.
 """
 
 from __future__ import annotations
@@ -29,10 +33,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lowmem_compile.demo import weights
 from lowmem_compile.demo.measure import peak_bytes
 from lowmem_compile.demo.packages import quiet, require
+from lowmem_compile.errors import GradientError
 from lowmem_compile.optim import Addax, LengthPartition
 
 PAD = 16
@@ -68,7 +74,7 @@ def configured(folder: Any, layers: int | None) -> Any:
 def minilm(layers: int | None) -> Task:
     """Paragraphs of two pages."""
     transformers, tokenizer = require("transformers"), weights.minilm_tokenizer()
-    texts = [(p, label) for label, page in enumerate(("specialnames", "string-methods")) for p in topics[page].split("\n\n")]
+    texts = [(p, label) for label, page in enumerate(("specialnames", "compound")) for p in topics[page].split("\n\n")]
     examples = [(tokenizer(p, truncation=True, max_length=128)["input_ids"], label) for p, label in texts if len(p) > 60]
 
     def build() -> nn.Module:
@@ -138,7 +144,8 @@ class Row:
     seconds: float
     peak: int
     state: int
-    curve: list[tuple[int, float]]
+    curve: list[tuple[int, float, float]]
+    """Step, seconds until then, accuracy."""
 
 
 class Trainer:
@@ -189,45 +196,69 @@ class Trainer:
         return right / len(self.test)
 
 
+def longest(lengths: Sequence[int], indices: Sequence[int], size: int) -> list[int]:
+    """The longest batch of a size that can be drawn."""
+    return sorted(indices, key=lambda i: -lengths[i])[:size]
+
+
+def peak_of(trainer: Trainer, long: Sequence[int], short: Sequence[int]) -> int:
+    """Peak bytes of one step on these examples. The first call compiles, where the shapes are new, and is not measured."""
+
+    def one_step() -> Tensor:
+        trainer.step(long, short)
+        return torch.zeros(())
+
+    one_step()
+    return peak_bytes(one_step, lambda _: None).peak
+
+
+def partition(lengths: Sequence[int], task: Task, arguments: argparse.Namespace) -> LengthPartition:
+    """Addax's two sides: at a share of the examples, or at the greatest threshold that keeps the peak near MeZO's."""
+    if arguments.short is not None:
+        return LengthPartition.at(lengths, sorted(lengths)[int(len(lengths) * arguments.short)])
+    everything = range(len(lengths))
+    zeroth = peak_of(Trainer("MeZO", task, arguments), longest(lengths, everything, arguments.rows), ())
+    trainer = Trainer("IP-SGD", task, arguments)
+
+    def peak(length: int) -> int:
+        short = [i for i in everything if lengths[i] <= length]
+        return peak_of(trainer, (), longest(lengths, short, arguments.first_rows))
+
+    return LengthPartition.within(lengths, int(arguments.within * zeroth), peak)
+
+
 def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
     """Train with one method."""
     trainer = Trainer(method, task, arguments)
     lengths = [len(ids) for ids, _ in trainer.train]
-    threshold = sorted(lengths)[int(len(lengths) * arguments.short)]
-    part = LengthPartition.at(lengths, threshold) if method == "Addax" else LengthPartition.whole(lengths)
-    first_rows = arguments.first_rows if method == "Addax" and arguments.first_rows else arguments.rows
+    part = partition(lengths, task, arguments) if method == "Addax" else LengthPartition.whole(lengths)
+    first_rows = arguments.first_rows if method == "Addax" else arguments.rows
     stream = part.batches(arguments.rows, first_rows, seed=2)
     steps = arguments.mezo_steps if method == "MeZO" else arguments.steps
     every = max(1, steps // arguments.points)
-    curve, seconds = [(0, trainer.accuracy())], 0.0
-    for step in range(1, steps + 1):
+    curve, seconds = [(0, 0.0, trainer.accuracy())], 0.0
+    for step in tqdm(range(1, steps + 1), desc=method, disable=None):
         long, short = next(stream)
         start = time.perf_counter()
         trainer.step(long, short)
         seconds += time.perf_counter() - start if step > 1 else 0.0
         if step % every == 0 or step == steps:
-            curve.append((step, trainer.accuracy()))
-    sides = ((part.zeroth, arguments.rows), (part.first, first_rows))
-    longest = [sorted(side, key=lambda i: -lengths[i])[:size] for side, size in sides]
-    trainer.step(*longest)  # compiles, if these shapes are new
-
-    def one_step() -> Tensor:
-        trainer.step(*longest)
-        return torch.zeros(())
-
-    peak = peak_bytes(one_step, lambda _: None).peak
+            curve.append((step, seconds, trainer.accuracy()))
+    peak = peak_of(trainer, longest(lengths, part.zeroth, arguments.rows), longest(lengths, part.first, first_rows))
     state = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
-    return Row(method, curve[-1][1], steps, seconds, peak, state, curve)
+    label = method if part.threshold is None else f"{method}, L_T {part.threshold} ({len(part.first)} of {len(lengths)} short)"
+    return Row(label, curve[-1][-1], steps, seconds, peak, state, curve)
 
 
 def inference_peak(task: Task, arguments: argparse.Namespace) -> int:
     """Bytes of one forward pass without gradients on the longest batch: what MeZO's peak is to be compared with."""
     trainer = Trainer("IP-SGD", task, arguments)
-    longest = sorted(range(len(trainer.train)), key=lambda i: -len(trainer.train[i][0]))[: arguments.rows]
+    lengths = [len(ids) for ids, _ in trainer.train]
+    batch = longest(lengths, range(len(lengths)), arguments.rows)
 
     @torch.no_grad()
     def forward() -> Tensor:
-        return trainer.loss(longest)
+        return trainer.loss(batch)
 
     forward()
     return peak_bytes(forward, lambda _: None).peak
@@ -235,17 +266,37 @@ def inference_peak(task: Task, arguments: argparse.Namespace) -> int:
 
 def table(name: str, rows: list[Row]) -> str:
     """Markdown."""
-    mezo = max((a for row in rows if row.method == "MeZO" for _, a in row.curve), default=1.0)
+    mezo = max((a for row in rows if row.method == "MeZO" for _, _, a in row.curve), default=1.0)
     lines = [
-        f"| {name} | accuracy | steps | seconds | peak of a step | optimizer state | steps to MeZO's best ({mezo:.3f}) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| {name} | accuracy | steps | seconds | peak of a step | optimizer state | MeZO's best ({mezo:.3f}): step | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        reached = next((str(step) for step, a in row.curve if a >= mezo), "not reached")
+        reached = next((f"{step} | {seconds:.1f}" for step, seconds, a in row.curve if a >= mezo), "not reached | –")
         lines.append(
             f"| {row.method} | {row.accuracy:.3f} | {row.steps} | {row.seconds:.1f} | {row.peak / 2**20:.1f} MiB "
             f"| {row.state / 2**20:.1f} MiB | {reached} |"
         )
+    return "\n".join(lines)
+
+
+def sensitivity(name: str, task: Task, arguments: argparse.Namespace) -> str:
+    """Addax over α and L_T: accuracy at the end, Markdown."""
+    factors, shares = (0.1, 1.0, 10.0), (0.25, 0.5, 0.75)
+    lines = [
+        f"| {name}, {arguments.steps} steps | " + " | ".join(f"short: {share:.0%}" for share in shares) + " |",
+        "| --- |" + " --- |" * len(shares),
+    ]
+    for factor in factors:
+        results = []
+        for share in shares:
+            alpha = arguments.alpha * factor
+            try:
+                row = run("Addax", task, argparse.Namespace(**{**vars(arguments), "alpha": alpha, "short": share}))
+                results.append(f"{row.accuracy:.3f}")
+            except GradientError:
+                results.append("diverged")
+        lines.append(f"| α = {arguments.alpha * factor:g} | " + " | ".join(results) + " |")
     return "\n".join(lines)
 
 
@@ -258,11 +309,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of all but MeZO")
     parser.add_argument("--mezo-steps", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=8, help="examples a batch")
-    parser.add_argument("--first-rows", type=int, default=None, help="K₁ of Addax, where it is to differ from K₀")
+    parser.add_argument("--first-rows", type=int, default=4, help="K₁ of Addax")
     parser.add_argument("--alpha", type=float, default=1e-3)
     parser.add_argument("--zo-eps", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=None, help="of every method; default: each model's own")
-    parser.add_argument("--short", type=float, default=0.5, help="L_T: share of the training examples that are short")
+    parser.add_argument("--within", type=float, default=1.1, help="Addax's peak, of MeZO's: decides L_T")
+    parser.add_argument("--short", type=float, default=None, help="L_T by the share of short examples, in place of --within")
+    parser.add_argument("--sensitivity", action="store_true", help="only Addax, over alpha and L_T")
     parser.add_argument("--layers", type=int, default=None, help="only the first layers of the model")
     parser.add_argument("--held-out", type=int, default=80, help="examples to test on")
     parser.add_argument("--points", type=int, default=20, help="evaluations a run")
@@ -276,10 +329,13 @@ def main() -> None:
             flush=True,
         )
         print(f"  peak of inference on the longest batch: {inference_peak(task, arguments) / 2**20:.1f} MiB", flush=True)
+        if arguments.sensitivity:
+            print(sensitivity(name, task, arguments), flush=True)
+            continue
         rows = []
         for method in arguments.methods:
             rows.append(run(method, task, arguments))
-            print(f"  {method}: {' '.join(f'{s}:{a:.2f}' for s, a in rows[-1].curve)}", flush=True)
+            print(f"  {method}: {' '.join(f'{s}:{a:.2f}' for s, _, a in rows[-1].curve)}", flush=True)
         print(table(name, rows), flush=True)
 
 

@@ -421,3 +421,28 @@ def test_the_simulated_peak_of_a_step_grows_with_the_length() -> None:
     short, long = peak(16), peak(128)
     assert 0 < short < long
     assert peak(16) == short
+
+
+def test_report_says_what_is_held_and_what_moved_each_parameter() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    model.unused = nn.Parameter(torch.ones(3))
+    model.norm.requires_grad_(False)
+    optimizer = Addax(model.named_parameters(), lr=1e-3, alpha=0.5)
+    before = {row.name: row for row in optimizer.report().rows}
+    W = model.embedding.weight
+    assert before["embedding.weight"].gradient_bytes == optimizer.report().largest_gradient == max(V * D, 2500 * D) * 4
+    assert before["embedding.weight"].block_bytes == block_rows(W) * D * 4 < W.nbytes
+    assert before["scale"].block_bytes == 4
+    assert before["up.weight"].adamw_bytes == 2 * 2500 * D * 4
+    assert before["up.weight"].first_order is None
+    assert not before["norm.weight"].trained
+    index = indices()
+    optimizer.step(zeroth=lambda: model(index), first=lambda: model(index))
+    after = {row.name: row for row in optimizer.report().rows}
+    assert (after["up.weight"].first_order, after["up.weight"].zeroth_order) == (True, True)
+    assert (after["unused"].first_order, after["unused"].zeroth_order) == (False, True)
+    assert (after["norm.weight"].first_order, after["norm.weight"].zeroth_order) == (False, False)
+    text = str(optimizer.report())
+    assert "unused  3 float32  state 0, gradient 12 B for a moment, z 12 B at once; last step by z" in text
+    assert "norm.weight  32 float32  frozen" in text

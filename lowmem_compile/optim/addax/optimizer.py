@@ -30,6 +30,7 @@ from lowmem_compile.in_backward import Update, backward_with_updates
 from lowmem_compile.optim.addax import operations
 from lowmem_compile.optim.addax.noise import move
 from lowmem_compile.optim.addax.perturbation import Perturbation
+from lowmem_compile.optim.addax.report import AddaxReport, AddaxRow, block_bytes
 from lowmem_compile.optim.bases import mix
 from lowmem_compile.optim.settings import FOREIGN, ParamsLike, check_names
 
@@ -94,6 +95,7 @@ class Addax(Optimizer):
             "step": 0,
             "gradient_norm": gradient_norm,
         }
+        self._last: tuple[set[int], bool] | None = None  # the last step: ids of what gradients moved, whether z moved all
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,7 +161,29 @@ class Addax(Optimizer):
                 if g0 is not None or decay:
                     move(p, seed, ordinal, lr * alpha * (g0 or 0.0), decay)
             group["step"] += 1
+        self._last = done, g0 is not None
         return AddaxStep(loss0, g0, loss1, norm)
+
+    def report(self) -> AddaxReport:
+        """What each parameter takes, known before the first step, and what moved it in the last one."""
+        alpha, names = float(self.param_groups[0]["alpha"]), self._names()
+        rows = []
+        for p in names:
+            trained, size = p.requires_grad, p.numel() * p.element_size()
+            rows.append(
+                AddaxRow(
+                    name=names[p],
+                    shape=tuple(p.shape),
+                    dtype=str(p.dtype).removeprefix("torch."),
+                    trained=trained,
+                    first_order=None if self._last is None else id(p) in self._last[0],
+                    zeroth_order=None if self._last is None else trained and self._last[1],
+                    block_bytes=block_bytes(p) if trained and alpha > 0 else 0,
+                    gradient_bytes=size if trained and alpha < 1 else 0,
+                    adamw_bytes=2 * size if trained else 0,
+                )
+            )
+        return AddaxReport(alpha, tuple(rows))
 
     def _check_closures(self, alpha: float, zeroth: Closure | None, first: Closure | None) -> None:
         for name, closure, weight in (("zeroth", zeroth, alpha), ("first", first, 1 - alpha)):
