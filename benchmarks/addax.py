@@ -71,26 +71,31 @@ def configured(folder: Any, layers: int | None) -> Any:
     return config
 
 
-def minilm(layers: int | None) -> Task:
-    """Paragraphs of two pages."""
-    transformers, tokenizer = require("transformers"), weights.minilm_tokenizer()
-    texts = [(p, label) for label, page in enumerate(("specialnames", "compound")) for p in topics[page].split("\n\n")]
-    examples = [(tokenizer(p, truncation=True, max_length=128)["input_ids"], label) for p, label in texts if len(p) > 60]
+def pretrained(name: str, folder: Callable[[], Any], layers: int | None) -> Callable[[], nn.Module]:
+    """A builder of the class of transformers with this name, with a new head that is the same every time."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        folder = weights.minilm_folder()
-        config = configured(folder, layers)
+        place = folder()
+        config = configured(place, layers)
         with quiet():
-            model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+            model: nn.Module = getattr(require("transformers"), name).from_pretrained(place, config=config)
         return model
 
+    return build
+
+
+def minilm(layers: int | None) -> Task:
+    """Paragraphs of two chapters."""
+    tokenizer = weights.minilm_tokenizer()
+    texts = [(p, label) for label, page in enumerate(("specialnames", "compound")) for p in topics[page].split("\n\n")]
+    examples = [(tokenizer(p, truncation=True, max_length=128)["input_ids"], label) for p, label in texts if len(p) > 60]
+    build = pretrained("AutoModelForSequenceClassification", weights.minilm_folder, layers)
     return Task(balanced(examples), build, {"AdamW": 5e-5, "IP-SGD": 2e-2, "MeZO": 1e-5, "Addax": 2e-2})
 
 
 def albert(layers: int | None) -> Task:
     """Digits as sequences."""
-    transformers = require("transformers")
     require("sklearn")
     images = require("sklearn.datasets").load_digits()
     vocabulary = weights.albert_vocabulary()
@@ -110,15 +115,7 @@ def albert(layers: int | None) -> Task:
         return [vocabulary.index("[CLS]"), *ids, vocabulary.index("[SEP]")]
 
     pairs = [(tokens(x), int(y == 8)) for x, y in zip(images.images, images.target, strict=True) if y in (3, 8)]
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        folder = weights.albert_folder()
-        config = configured(folder, layers)
-        with quiet():
-            model: nn.Module = transformers.AlbertForSequenceClassification.from_pretrained(folder, config=config)
-        return model
-
+    build = pretrained("AlbertForSequenceClassification", weights.albert_folder, layers)
     return Task(balanced(pairs), build, {"AdamW": 1e-4, "IP-SGD": 2e-2, "MeZO": 1e-4, "Addax": 2e-2})
 
 
