@@ -91,7 +91,7 @@ def minilm(layers: int | None) -> Task:
     texts = [(p, label) for label, page in enumerate(("specialnames", "compound")) for p in topics[page].split("\n\n")]
     examples = [(tokenizer(p, truncation=True, max_length=128)["input_ids"], label) for p, label in texts if len(p) > 60]
     build = pretrained("AutoModelForSequenceClassification", weights.minilm_folder, layers)
-    return Task(balanced(examples), build, {"AdamW": 5e-5, "IP-SGD": 2e-2, "MeZO": 1e-5, "Addax": 2e-2})
+    return Task(balanced(examples), build, {"AdamW": 5e-5, "IP-SGD": 3e-2, "MeZO": 1e-4, "Addax": 3e-2})
 
 
 def albert(layers: int | None) -> Task:

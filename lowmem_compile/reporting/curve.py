@@ -13,6 +13,8 @@ from lowmem_compile.reporting.units import format_bytes
 WIDTH, HEIGHT = 1000, 330
 LEFT, RIGHT, TOP, BOTTOM = 90, 60, 20, 46
 LINES = 4
+NEAR_X, NEAR_Y = 40, 14
+"""Points nearer than this to each other would have labels on top of each other."""
 
 
 def budget_curve(graph: GraphReport) -> Markup:
@@ -30,8 +32,11 @@ def budget_curve(graph: GraphReport) -> Markup:
     for name in ("inductor", "lowmem"):
         points = sorted((p for p in graph.curve if p.contender == name), key=lambda p: -p.saved)
         if points:
-            parts.append(_line(name, [place(p) for p in points]))
-            parts += [_dot(p, *place(p)) for p in points]
+            places = [place(p) for p in points]
+            parts.append(_line(name, places))
+            labels = _labels([asked(p) for p in points], places)
+            labels[0] = f"{CONTENDER_NAMES[name]} {labels[0]}"
+            parts += [_dot(p, *at, label) for p, at, label in zip(points, places, labels, strict=True)]
     label = "Bytes kept for the backward pass against estimated extra time"
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, label, Markup("").join(parts)
@@ -59,12 +64,30 @@ def _line(name: str, places: Sequence[tuple[float, float]]) -> Markup:
     return Markup('<path class="curve who-{}" d="{}"/>').format(name, "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places))
 
 
-def _dot(point: CurvePoint, x: float, y: float) -> Markup:
-    asked = "default" if point.budget is None else f"{point.budget:g}"
+def asked(point: CurvePoint) -> str:
+    """The budget of a point, in words."""
+    return "default" if point.budget is None else f"{point.budget:g}"
+
+
+def _labels(words: Sequence[str], places: Sequence[tuple[float, float]]) -> list[str]:
+    """A label a point; points too near to have one each share that of the first."""
+    labels = list(words)
+    first = 0
+    for i in range(1, len(labels)):
+        (x, y), (x0, y0) = places[i], places[first]
+        if abs(x - x0) < NEAR_X and abs(y - y0) < NEAR_Y:
+            labels[first] += f", {labels[i]}"
+            labels[i] = ""
+        else:
+            first = i
+    return labels
+
+
+def _dot(point: CurvePoint, x: float, y: float, words: str) -> Markup:
     title = (
-        f"{CONTENDER_NAMES[point.contender]}, {asked}: {format_bytes(point.saved)} kept, peak {format_bytes(point.peak)}, "
+        f"{CONTENDER_NAMES[point.contender]}, {asked(point)}: {format_bytes(point.saved)} kept, peak {format_bytes(point.peak)}, "
         f"time {100 * point.time:+.1f} %, gradient error {100 * point.error:.2f} %"
     )
     dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4"/>').format(x, y)
-    label = Markup('<text class="axis" x="{:.1f}" y="{:.1f}">{}</text>').format(x + 7, y - 6, asked)
+    label = Markup('<text class="axis" x="{:.1f}" y="{:.1f}">{}</text>').format(x + 7, y - 6, words)
     return Markup('<g class="rung who-{}">{}{}<title>{}</title></g>').format(point.contender, dot, label, title)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lowmem_compile import explain
 from lowmem_compile.reporting import Report, render_html
+from lowmem_compile.reporting.curve import budget_curve
+from lowmem_compile.reporting.model import CurvePoint
 
 WIDTH = 64
 
@@ -70,3 +75,13 @@ def test_no_curve_unless_asked_for() -> None:
     assert not graph.curve
     assert not graph.planned
     assert "The plan" not in render_html(Report((graph,)))
+
+
+def test_points_in_one_place_share_a_label(report: Report) -> None:
+    def point(budget: float | None, saved: int, time: float) -> CurvePoint:
+        return CurvePoint("lowmem", budget, saved, saved, 0.0, time)
+
+    curve = (point(0.5, 1000, 0.1), point(None, 400, 0.3), point(0.25, 398, 0.3), point(0.1, 100, 0.6))
+    drawing = budget_curve(replace(report.graphs[0], curve=curve))
+    labels = re.findall(r'<g class="rung who-lowmem">.*?<text[^>]*>([^<]*)</text>', drawing)
+    assert labels == ["lowmem 0.5", "default, 0.25", "", "0.1"]
