@@ -28,9 +28,31 @@ class Update(NamedTuple):
     """What a base update asks for: W loses ``size``·up(``direction``), and ``decay``·W before or after that."""
 
     direction: Tensor
-    size: float
+    size: float | Tensor
     decay: float | Tensor
     decay_first: bool
+
+
+class Rates(NamedTuple):
+    """The numbers of one step that change from step to step; 0-dimensional tensors where they are inputs of a graph.
+
+    Attributes:
+        lr: the learning rate.
+        size: η of ``"adamw"``.
+        beta2: β₂ₜ of ``"adafactor"``.
+    """
+
+    lr: float | Tensor
+    size: float | Tensor
+    beta2: float | Tensor
+
+
+def rates_of(group: dict[str, Any], t: int) -> Rates:
+    """The rates of a group at step t, from 1."""
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    if group["base"] == "adamw":
+        return Rates(lr, adam_size(lr, beta1, beta2, t), beta2)
+    return Rates(lr, lr, 1 - t ** group["decay_rate"])
 
 
 def adam_moments(m: Tensor, v: Tensor, R: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
@@ -92,7 +114,9 @@ def moment_slots(shape: tuple[int, ...], dtype: torch.dtype, group: State) -> tu
     return (*first, *factored_slots(shape, dtype))
 
 
-def take_step(state: State, slots: tuple[Slot, ...], R: Tensor, W: Tensor, group: dict[str, Any]) -> Update:
+def take_step(
+    state: State, slots: tuple[Slot, ...], R: Tensor, W: Tensor, group: dict[str, Any], rates: Rates | None = None
+) -> Update:
     """Advance the moments by one gradient and return the update, in the shape of R.
 
     Args:
@@ -101,34 +125,41 @@ def take_step(state: State, slots: tuple[Slot, ...], R: Tensor, W: Tensor, group
         R: gradient in the dtype that updates are computed in.
         W: the parameter.
         group: its parameter group.
+        rates: those of this step, if not from ``state["step"]`` and the group.
     """
     by_key = {slot.key: slot for slot in slots}
     beta1, beta2 = group["betas"]
-    lr, t = float(group["lr"]), state["step"]
+    rates = rates_of(group, state["step"]) if rates is None else rates
     if group["base"] == "adamw":
         first, second = by_key["exp_avg"], by_key["exp_avg_sq"]
         m, v = adam_moments(first.load(state), second.load(state), R, beta1, beta2)
         first.save(state, m)
         second.save(state, v)
-        return Update(adam_direction(m, v, group["eps"]), adam_size(lr, beta1, beta2, t), lr * group["weight_decay"], False)
-    alpha = factored_rate(W, group)
-    u = clip_rms(factored_step(state, slots, R, group), group["clip_threshold"]) * alpha
+        return Update(adam_direction(m, v, group["eps"]), rates.size, decay_of(rates.lr, group), False)
+    alpha = factored_rate(W, group, rates)
+    u = clip_rms(factored_step(state, slots, R, group, rates), group["clip_threshold"]) * alpha
     if "exp_avg" in by_key:
         u = by_key["exp_avg"].load(state) * beta1 + u * (1 - beta1)
         by_key["exp_avg"].save(state, u)
-    return Update(u, 1.0, alpha * group["weight_decay"], True)
+    return Update(u, 1.0, decay_of(alpha, group), True)
 
 
-def factored_rate(W: Tensor, group: dict[str, Any]) -> float | Tensor:
+def decay_of(rate: float | Tensor, group: dict[str, Any]) -> float | Tensor:
+    """The share of W that decays at this rate."""
+    return rate * group["weight_decay"] if group["weight_decay"] else 0.0
+
+
+def factored_rate(W: Tensor, group: dict[str, Any], rates: Rates) -> float | Tensor:
     """Adafactor's α: the learning rate, times max(ε₂, RMS(W)) if the group asks for it."""
-    lr = float(group["lr"])
-    return rms(W.to(compute_dtype(W.dtype))).clamp(min=group["min_scale"]) * lr if group["scale_parameter"] else lr
+    if not group["scale_parameter"]:
+        return rates.lr
+    return rms(W.to(compute_dtype(W.dtype))).clamp(min=group["min_scale"]) * rates.lr
 
 
-def factored_step(state: State, slots: tuple[Slot, ...], R: Tensor, group: dict[str, Any]) -> Tensor:
+def factored_step(state: State, slots: tuple[Slot, ...], R: Tensor, group: dict[str, Any], rates: Rates) -> Tensor:
     """Advance the second moment by R and return R divided by its root."""
     by_key = {slot.key: slot for slot in slots}
-    beta2 = 1 - state["step"] ** group["decay_rate"]
+    beta2 = rates.beta2
     if "exp_avg_sq" in by_key:
         v = by_key["exp_avg_sq"].load(state) * beta2 + (R * R + group["factored_eps"]) * (1 - beta2)
         by_key["exp_avg_sq"].save(state, v)
@@ -146,7 +177,10 @@ def apply_update(W: Tensor, direction: Tensor, update: Update) -> None:
     wide = W.to(direction.dtype)
     if update.decay_first and _decays(update):
         wide.sub_(wide * update.decay)
-    wide.sub_(direction, alpha=update.size)
+    if isinstance(update.size, Tensor):
+        wide.sub_(direction * update.size)
+    else:
+        wide.sub_(direction, alpha=update.size)
     if not update.decay_first and _decays(update):
         wide.sub_(wide * update.decay)
     if wide is not W:
