@@ -26,7 +26,8 @@ from lowmem_compile._torch import copy_dynamo_module, mark_source_unknown, own_t
 from lowmem_compile.errors import OptionError
 from lowmem_compile.graph import placeholders
 from lowmem_compile.in_backward import Planned
-from lowmem_compile.optim.fused import BITS, Claim, Fused
+from lowmem_compile.optim.claims import BITS, Claim
+from lowmem_compile.optim.fused import Fused
 from lowmem_compile.optim.taps import Tap, fused_or_none, state_bytes, tap_or_reason
 
 log = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ def is_tapped(linear: fx.Node, taps: Mapping[str, TapInput]) -> bool:
 
 Known = Tap | Fused | str
 """What an optimizer says of a parameter: how its gradient is projected, how it is updated, or why its gradient is whole."""
-Build = Callable[
-    [fx.GraphModule, list[Any], Sequence[Any], Mapping[str, TapInput], Sequence[Planned]], Callable[..., Any]
-]
+Build = Callable[[fx.GraphModule, list[Any], Sequence[Any], Mapping[str, TapInput], Sequence[Planned]], Callable[..., Any]]
 """(graph, example inputs, the inputs of this call, what is known of the weights, updates) → compiled callable."""
 
 
@@ -141,8 +140,8 @@ class Variants:
         if found and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
             if _fused(found):
                 raise OptionError(
-                    "fused_backward=True updates parameters from the gradient of one rank, before DistributedDataParallel could reduce "
-                    "it: the ranks' weights would differ. Build the optimizer with fused_backward=False."
+                    "fused_backward=True updates parameters from the gradient of one rank, before DistributedDataParallel could "
+                    "reduce it: the ranks' weights would differ. Build the optimizer with fused_backward=False."
                 )
             return dict.fromkeys(found, DISTRIBUTED)
         return found
@@ -181,9 +180,7 @@ class Variants:
             tap = entry.tap if isinstance(entry, Fused) else entry
             reason = entry.reason if isinstance(entry, Fused) else entry
             if position in self.weights:
-                weights[nodes[position].name] = (
-                    tap_input(tap, position) if isinstance(tap, Tap) else TapInput(reason=str(reason))
-                )
+                weights[nodes[position].name] = tap_input(tap, position) if isinstance(tap, Tap) else TapInput(reason=str(reason))
         planned = []
         for k, (position, entry) in enumerate(fused.items()):
             tensors = tuple(added[id(t)][1] for t in entry.tensors)

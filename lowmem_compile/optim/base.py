@@ -42,6 +42,18 @@ from lowmem_compile.optim.settings import (
     settle_rank,
     shared_indices,
 )
+from lowmem_compile.optim.sharded import (
+    check_sharded,
+    factors_of_rows,
+    gathered,
+    gathered_rows,
+    is_finite,
+    is_sharded,
+    local,
+    local_shape,
+    same_everywhere,
+    total_of,
+)
 from lowmem_compile.optim.slots import Slot, State, compute_dtype, total_bytes
 from lowmem_compile.optim.taps import Tap, announce, make_refresh_tap, make_tap
 from lowmem_compile.optim.units import Group, Move, Refresh, Unit, Work, units_of
@@ -118,7 +130,9 @@ class LowRankOptimizer(Optimizer):
         if shared and not projected:
             raise OptionError(f"{method}: {where} has shared parameters but rank=None; give it a rank, or leave out shared.")
         group["shared"] = shared_indices(shared, params, where)
-        list(self._units_of(group, len(self.param_groups) - 1, 0))  # every plan is made once, for its errors
+        for unit in self._units_of(group, len(self.param_groups) - 1, 0):  # every plan is made once, for its errors
+            for p, name in zip(unit.params, unit.names, strict=True):
+                check_sharded(p, name, group, unit.plan, f"{method}: {where}")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -215,6 +229,8 @@ class LowRankOptimizer(Optimizer):
         plan = unit.plan
         if isinstance(plan, str):
             return f"not projected: {plan}"
+        if is_sharded(param):
+            return "the parameter is sharded over ranks"
         if self.needs_full_gradient:
             return f"{type(self).__name__} needs the whole gradient at every step"
         if plan.side not in ("right", "left"):
@@ -264,7 +280,7 @@ class LowRankOptimizer(Optimizer):
         """Bytes kept for a parameter; the projector counts for the first of those that share it."""
         group, unit = self.unit_of(param)
         plan = None if isinstance(unit.plan, str) else unit.plan
-        held = total_bytes(self.slots(tuple(param.shape), param.dtype, group, plan))
+        held = total_bytes(self.slots(local_shape(param), param.dtype, group, plan))
         if plan is not None and param is unit.params[0]:
             held += total_bytes(self.factor_slots(plan, param.dtype, group))
         return held
@@ -319,7 +335,7 @@ class LowRankOptimizer(Optimizer):
                 continue
             if grad.is_sparse:
                 raise GradientError(f"the gradient of {name} is sparse; make it dense (sparse=False for an embedding).")
-            if due and self.refresh_needs_gradient and not bool(grad.isfinite().all()):
+            if due and self.refresh_needs_gradient and not is_finite(grad):
                 raise GradientError(
                     f"the gradient of {name} is not finite at a step that computes a basis from it. Leave the step out "
                     "(as torch.amp.GradScaler does) or clip the gradient."
@@ -355,8 +371,11 @@ class LowRankOptimizer(Optimizer):
             state, slots = self.state_of(p, group, unit.plan)
             wide = compute_dtype(p.dtype)
             grad, tapped = whole_gradient(p), projected_gradient(p)
+            grad, rows, total = None if grad is None else local(grad), factors_of_rows(factors, p, unit.plan), total_of(p)
             full = grad.to(wide) if grad is not None and self.needs_full_gradient else None
-            low = None if grad is None else project(grad, factors, unit.plan.side)
+            low = None if grad is None else project(grad, rows, unit.plan.side)
+            if low is not None and total is not None and unit.plan.side == "left":
+                low = total(low)
             if tapped is not None:
                 low = tapped.low.to(wide)
             if p in self._pending:
@@ -364,7 +383,7 @@ class LowRankOptimizer(Optimizer):
                 low = given if low is None else low + given
             assert low is not None
             state["step"] += 1
-            self.projected_step(Work(p, state, slots, low, full, factors, unit.plan, group))
+            self.projected_step(Work(local(p), state, slots, low, full, rows, unit.plan, group, total=total))
         leader["basis_step"] = t + 1
 
     def step_one(self, group: Group, unit: Unit) -> None:
@@ -389,12 +408,12 @@ class LowRankOptimizer(Optimizer):
         t = self.state[first]["basis_step"]
         old = tuple(factor.clone() for factor in self.factors(group, unit, plan, t - 1)) if t else None
         if self.stores_projector:
-            grads = [grad.to(compute_dtype(p.dtype)) for p, grad in live]
+            grads = [gathered(grad).to(compute_dtype(p.dtype)) for p, grad in live]
 
             def momentum() -> Tensor:
                 return _stacked([self.momentum(p, group, plan) for p, _ in live])
 
-            new = self.new_factors(Refresh(group, plan, t, _stacked(grads), old, momentum))
+            new = same_everywhere(self.new_factors(Refresh(group, plan, t, _stacked(grads), old, momentum)), first)
             for slot, factor in zip(self.factor_slots(plan, first.dtype, group), new, strict=True):
                 slot.create(self.state[first], first.device)
                 slot.save(self.state[first], factor)
@@ -408,9 +427,9 @@ class LowRankOptimizer(Optimizer):
     def momentum(self, p: Tensor, group: Group, plan: Plan) -> Tensor:
         """The first moment of a projected parameter; zeros if there is none."""
         state = self.state[p]
-        for slot in self.slots(tuple(p.shape), p.dtype, group, plan):
+        for slot in self.slots(local_shape(p), p.dtype, group, plan):
             if slot.key == "exp_avg" and slot.key in state:
-                return slot.load(state)
+                return gathered_rows(slot.load(state), p) if plan.side == "right" else slot.load(state)
         return torch.zeros(plan.low_shape(tuple(p.shape)), dtype=compute_dtype(p.dtype), device=p.device)
 
     def factors(self, group: Group, unit: Unit, plan: Plan, t: int) -> Factors:
@@ -424,7 +443,7 @@ class LowRankOptimizer(Optimizer):
 
     def state_of(self, p: Tensor, group: Group, plan: Plan | None) -> tuple[State, tuple[Slot, ...]]:
         """The state of a parameter, made at its first gradient, and its slots."""
-        state, slots = self.state[p], self.slots(tuple(p.shape), p.dtype, group, plan)
+        state, slots = self.state[p], self.slots(local_shape(p), p.dtype, group, plan)
         if "step" not in state:
             state["step"] = 0
             for slot in slots:
@@ -436,7 +455,7 @@ class LowRankOptimizer(Optimizer):
         assert grad is not None
         state, slots = self.state_of(p, group, None)
         state["step"] += 1
-        self.unprojected_step(p, grad, state, slots, group)
+        self.unprojected_step(local(p), local(grad), state, slots, group)
 
     # What a method defines.
 

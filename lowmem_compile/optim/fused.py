@@ -2,19 +2,19 @@
 
 Compiled with lowmem: when a graph is called, each weight that a fused group holds brings a :class:`Fused`: a rule for its
 gradient (:mod:`lowmem_compile.optim.fused_rules`) and the tensors of the rule, which become inputs of the graph; the pass
-``update_in_backward`` writes the rule into the backward graph. The numbers that change from step to step are tensors, filled when
-the graph is called. Eager, and where the pass declines: a hook on each parameter steps it when its gradient is complete.
+``update_in_backward`` writes the rule into the backward graph. The numbers that change from step to step are tensors, filled
+when the graph is called. Eager, and where the pass declines: a hook on each parameter steps it when its gradient is complete.
 
-The loop stays as it is: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. ``step`` ends the step: it counts, and steps
-what is left (weights that share a projector, at a refresh). Between two calls of ``step`` a parameter is updated once. A second
-backward pass, a clipping of gradients, ``GradScaler`` and any other reader of ``param.grad`` get a GradientError: in the place of a
-consumed gradient stands a :class:`ConsumedGradient`.
+The loop stays as it is: ``loss.backward(); optimizer.step(); optimizer.zero_grad()``. ``step`` ends the step: it counts, and
+steps what is left (weights that share a projector, at a refresh). Between two calls of ``step`` a parameter is updated once. A
+second backward pass, a clipping of gradients, ``GradScaler`` and any other reader of ``param.grad`` get a GradientError: in the
+place of a consumed gradient stands a :class:`~lowmem_compile.optim.gradient.ConsumedGradient`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lowmem_compile._torch import at_end_of_backward, compiled_backward
 from lowmem_compile.errors import GradientError
 from lowmem_compile.kernels.projection_tap import Refresher
 from lowmem_compile.optim.fused_rules import Kind, Spec, options_of, rule_of, state_keys
@@ -30,12 +29,14 @@ from lowmem_compile.optim.gradient import ConsumedGradient, ProjectedGradient
 from lowmem_compile.optim.moments import rates_of
 from lowmem_compile.optim.projector import Factors, Plan
 from lowmem_compile.optim.quantise import dynamic_map
+from lowmem_compile.optim.rates import RateTable
 from lowmem_compile.optim.slots import compute_dtype
 from lowmem_compile.optim.taps import Tap
 from lowmem_compile.optim.units import Group, Refresh, Unit
 
 if TYPE_CHECKING:
     from lowmem_compile.optim.base import LowRankOptimizer
+
 
 @dataclass(frozen=True)
 class Fused:
@@ -58,39 +59,13 @@ class Fused:
     reason: str
 
 
-class RateTable:
-    """The rates of many parameters, [n, 4]: each row is an input of a graph, and all are filled by one copy.
-
-    Attributes:
-        rows: one a parameter: lr, η, β₂ₜ and nothing.
-    """
-
-    def __init__(self, count: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.staged = torch.zeros(count, 4, dtype=dtype)
-        self.table = torch.zeros(count, 4, dtype=dtype, device=device)
-        self.rows = [row.data for row in self.table.unbind()]  # no views in autograd's eyes: they are inputs of their own
-        self.values: list[tuple[float, ...]] = [()] * count
-        self.stale = False
-
-    def stage(self, index: int, values: tuple[float, ...]) -> None:
-        """Put the numbers of a parameter into a row."""
-        if self.values[index] != values:
-            self.staged[index, : len(values)] = torch.tensor(values, dtype=self.staged.dtype)
-            self.values[index], self.stale = values, True
-
-    def fill(self) -> None:
-        """Bring the rows up to date."""
-        if self.stale:
-            self.table.copy_(self.staged)
-            self.stale = False
-
-
 class Fusion:
     """What an optimizer knows of its updates in the backward pass.
 
     Attributes:
         of: the optimizer.
         window: how often ``step`` ended; what happens between two ends belongs together.
+        begun: parameters whose compiled backward graph has begun in this window.
         updated: parameters that a compiled graph updated in this window.
         stepped: parameters that a hook stepped in this window.
     """
@@ -98,6 +73,7 @@ class Fusion:
     def __init__(self, optimizer: LowRankOptimizer) -> None:
         self.of = weakref.ref(optimizer)
         self.window = 0
+        self.begun: set[Tensor] = set()
         self.updated: set[Tensor] = set()
         self.stepped: set[Tensor] = set()
         self.hooks: dict[Tensor, RemovableHandle] = {}
@@ -163,13 +139,13 @@ class Fusion:
     def twice(self, param: Tensor) -> str:
         """The message for a second gradient."""
         return (
-            f"{self.name_of(param)} got a second gradient before optimizer.step(), and was updated from the first in the backward "
-            "pass (fused_backward=True). Call optimizer.step() after every backward pass; to accumulate gradients, to clip by their "
-            "global norm or to use GradScaler, build the optimizer with fused_backward=False."
+            f"{self.name_of(param)} got a second gradient before optimizer.step(), and was updated from the first in the "
+            "backward pass (fused_backward=True). Call optimizer.step() after every backward pass; to accumulate gradients, to "
+            "clip by their global norm or to use GradScaler, build the optimizer with fused_backward=False."
         )
 
     def clocks(self) -> dict[Tensor, int]:
-        """Take the stand-ins away, and return the steps that the units which graphs updated had taken before, by their leaders."""
+        """Take the stand-ins away; the steps that units which graphs updated had taken before, by their leaders."""
         for p in self.hooks:
             if isinstance(p.grad, ConsumedGradient):
                 p.grad = None
@@ -184,6 +160,7 @@ class Fusion:
             state[p]["step"] += 1
         for leader, t in clocks.items():
             state[leader]["basis_step"] = t + 1
+        self.begun.clear()
         self.updated.clear()
         self.stepped.clear()
         self.window += 1
@@ -316,75 +293,10 @@ class Fusion:
         assert isinstance(plan, Plan)
         if not bool(G.isfinite().all()):
             raise GradientError(
-                f"the gradient of {self.name_of(param)} is not finite at a step that computes a basis from it. Parameters behind it "
-                "were updated in this backward pass already (fused_backward=True): load a checkpoint."
+                f"the gradient of {self.name_of(param)} is not finite at a step that computes a basis from it. Parameters behind "
+                "it were updated in this backward pass already (fused_backward=True): load a checkpoint."
             )
         _, t = optimizer.leader_of(group, unit)
         old = optimizer.factors(group, unit, plan, t - 1) if t else None
         with torch.no_grad():
             return optimizer.new_factors(Refresh(group, plan, t, G, old, lambda: optimizer.momentum(param, group, plan)))
-
-
-class Claim:
-    """One call of a compiled graph whose backward graph updates parameters.
-
-    Attributes:
-        counts: int64 scalars that the graph adds 2ᵏ to when it updates the k-th of 62 parameters.
-    """
-
-    def __init__(self, members: Sequence[tuple[Tensor, Fusion]]) -> None:
-        self.members = [(p, fusion, fusion.window) for p, fusion in members]
-        self.counts = [torch.zeros((), dtype=torch.int64) for _ in range(-(-len(members) // BITS))]
-        for fusion in {id(fusion): fusion for _, fusion in members}.values():
-            fusion.fill()
-
-    def made(self, outputs: Any) -> None:
-        """Watch the backward pass of what the graph returned."""
-        node = compiled_backward(outputs)
-        if node is not None:
-            node.register_prehook(self.begin)
-
-    def begin(self, _: Any) -> None:
-        """The backward graph is about to run.
-
-        Raises:
-            GradientError: it must not; nothing has been changed.
-        """
-        for p, fusion, window in self.members:
-            if fusion.of() is None:
-                raise GradientError("the optimizer that updates parameters in this backward pass was deleted after the forward pass.")
-            if p in fusion.updated or p in fusion.stepped:
-                raise GradientError(fusion.twice(p))
-            if fusion.window != window:
-                raise GradientError(
-                    f"the backward pass would update {fusion.name_of(p)} by numbers of an earlier step: optimizer.step() ran between "
-                    "its forward and its backward pass. Run both between the same two steps, or use fused_backward=False."
-                )
-            if p.grad is not None and not isinstance(p.grad, ConsumedGradient):
-                raise GradientError(
-                    f"{fusion.name_of(p)} has a gradient from before, and fused_backward=True cannot add to it: "
-                    "call optimizer.zero_grad() before the backward pass."
-                )
-        at_end_of_backward(self.end)
-
-    def end(self) -> None:
-        """The backward pass is over: note what the graph updated.
-
-        Raises:
-            GradientError: other code gave such a parameter a gradient too.
-        """
-        counts = [int(count) for count in self.counts]
-        for k, (p, fusion, _) in enumerate(self.members):
-            if not counts[k // BITS] >> k % BITS & 1:
-                continue  # no gradient in this graph, or the pass declined: a hook or step() takes it
-            if p in fusion.stepped or p.grad is not None:
-                raise GradientError(
-                    f"{fusion.name_of(p)}: read by a compiled graph, which updated it, and by other code in the same step, which gave "
-                    "a gradient too. The parameters are not to be trusted now: load a checkpoint, and compile all of the model or none."
-                )
-            fusion.updated.add(p)
-            p.grad = ConsumedGradient(p)
-
-
-BITS = 62
-"""Parameters whose updates one count tells apart."""

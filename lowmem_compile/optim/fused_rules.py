@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -155,9 +155,7 @@ def advance(
     method.projected_step(Work(W, state, spec.slots, low, full, factors, plan, group, rates))
 
 
-def _new_factors(
-    method: LowRankOptimizer, spec: Spec, group: Group, G: Tensor, state: State, ticket: Tensor
-) -> Factors:
+def _new_factors(method: LowRankOptimizer, spec: Spec, group: Group, G: Tensor, state: State, ticket: Tensor) -> Factors:
     """Put a new basis into the state, carry the moments over, and return the basis as it is stored."""
     assert spec.plan is not None
     old = tuple(slot.load(state).clone() for slot in spec.factor_slots) if spec.kind == "refresh" else None

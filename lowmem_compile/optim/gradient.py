@@ -195,8 +195,8 @@ HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
 
 
 CONSUMED = (
-    "the gradient was consumed by the update in the backward pass (fused_backward=True). It cannot be accumulated, clipped, unscaled "
-    "or read: use fused_backward=False for that."
+    "the gradient was consumed by the update in the backward pass (fused_backward=True). It cannot be accumulated, clipped, "
+    "unscaled or read: use fused_backward=False for that."
 )
 
 

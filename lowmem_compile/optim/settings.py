@@ -74,8 +74,8 @@ class Common(TypedDict, total=False):
         refresh_in_backward: in a compiled model, make a basis inside the backward pass, from the gradient of one weight at a
             time; with accumulation, from that of the first backward pass of the step. Weights with a shared projector and weights
             that are read more than once are refreshed in the step.
-        fused_backward: do the whole step of a parameter inside the backward pass, so that gradients never exist together; not with
-            accumulation, clipping by the global norm, ``GradScaler``, DistributedDataParallel or ``average_gradients``.
+        fused_backward: do the whole step of a parameter inside the backward pass, so that gradients never exist together; not
+            with accumulation, clipping by the global norm, ``GradScaler``, DistributedDataParallel or ``average_gradients``.
         shared: lists of matrices of one group that read the same input; each list shares one right projector.
     """
 

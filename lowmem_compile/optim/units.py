@@ -82,6 +82,7 @@ class Work:
         plan: side and ranks.
         group: the parameter group.
         rates: those of this step, in a step that is traced into a backward graph.
+        total: sums a number over the ranks that hold rows of the parameter; ``None`` if this one holds all.
     """
 
     param: Tensor
@@ -93,6 +94,7 @@ class Work:
     plan: Plan
     group: Group
     rates: Rates | None = None
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 def units_of(group: Group, number: int, ordinal: int, *, convolutions: bool) -> Iterator[Unit]:
