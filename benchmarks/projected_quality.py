@@ -145,10 +145,11 @@ def make_optimizer(cell: Cell, model: nn.Module) -> torch.optim.Optimizer:
     """The cell's method."""
     if cell.method == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=cell.lr, weight_decay=0.0)
-    kinds = {"coap": optim.COAP, "galore": optim.GaLore, "fira": optim.Fira}
+    kinds: dict[str, Any] = {"coap": optim.COAP, "galore": optim.GaLore, "fira": optim.Fira}
     groups = optim.split(model, rank_ratio=cell.ratio, include=["*attn*", "*mlp*"]).groups
-    interval = {} if cell.method == "coap" else {"update_interval": cell.interval}
-    return kinds[cell.method](groups, cell.lr, scale=cell.scale, **interval)
+    interval: dict[str, int] = {} if cell.method == "coap" else {"update_interval": cell.interval}
+    made: torch.optim.Optimizer = kinds[cell.method](groups, cell.lr, scale=cell.scale, **interval)
+    return made
 
 
 def done(output: Path) -> list[dict[str, Any]]:

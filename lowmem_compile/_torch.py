@@ -266,7 +266,7 @@ def compiled_backward(outputs: Any) -> Any:
     """The autograd node that runs a compiled backward graph, from what its forward graph returned; ``None`` if there is none."""
     from torch.utils._pytree import tree_leaves
 
-    nodes = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+    nodes: list[Any] = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
     seen: set[Any] = set()
     while nodes:
         node = nodes.pop(0)

@@ -132,7 +132,7 @@ class Variants:
         """
         found: dict[int, Known] = {}
         for i in self.parameters:
-            entry = fused_or_none(args[i])
+            entry: Known | None = fused_or_none(args[i])
             if entry is None and i in self.weights:
                 entry = tap_or_reason(args[i])
             if entry is not None:

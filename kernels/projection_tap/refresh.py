@@ -81,7 +81,7 @@ def refresh_basis(grad: torch.Tensor, x: torch.Tensor, ticket: torch.Tensor, ran
     refresher = _REFRESHERS.get(int(ticket))
     if refresher is None:
         raise GradientError("the optimizer that was to make a basis in this backward pass was deleted after the forward pass.")
-    low = refresher.take(grad.T @ x)
+    low: torch.Tensor = refresher.take(grad.T @ x)
     expected = (rank, x.shape[1]) if left else (grad.shape[1], rank)
     if tuple(low.shape) != expected:
         raise AssertionError(f"a refresher returned {tuple(low.shape)}, not {expected}")

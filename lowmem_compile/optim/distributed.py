@@ -12,7 +12,7 @@ average. The ranks have to start from the same weights, and step together. Weigh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -61,13 +61,17 @@ def average_gradients(optimizer: LowRankOptimizer, group: dist.ProcessGroup | No
     return sum(t.numel() * t.element_size() for t in held)
 
 
-def projected_allreduce(optimizer: LowRankOptimizer, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def projected_allreduce(optimizer: LowRankOptimizer, bucket: Any) -> torch.futures.Future[Tensor]:
     """A communication hook of DistributedDataParallel that averages projected gradients in projected form.
 
     ``ddp.register_comm_hook(optimizer, projected_allreduce)``, the optimizer built from ``ddp.module`` or ``ddp``. A bucket's
     projections and whole gradients go in one message, while the backward pass still runs. After it ``param.grad`` of a projected
     weight is a :class:`~lowmem_compile.optim.gradient.ProjectedGradient`; each rank has formed the whole gradient before.
     Whole gradients are sent where the step needs them: at a refresh, and always for Fira and APOLLO.
+
+    Args:
+        optimizer: holds the parameters.
+        bucket: a ``dist.GradBucket``.
 
     Accumulate inside ``ddp.no_sync()``. The default process group is used.
 
@@ -92,7 +96,8 @@ def projected_allreduce(optimizer: LowRankOptimizer, bucket: dist.GradBucket) ->
                 grad.copy_(part.view_as(grad))
             else:
                 lows.append((p, ProjectedGradient(part.view_as(like).clone(), tap.basis, tap.side, tap.generation)))
-        return bucket.buffer()
+        whole: Tensor = bucket.buffer()
+        return whole
 
     def put() -> None:
         for p, low in lows:
@@ -107,7 +112,7 @@ def projected_allreduce(optimizer: LowRankOptimizer, bucket: dist.GradBucket) ->
 
 
 # DistributedDataParallel compares the annotations themselves, not their names.
-projected_allreduce.__annotations__.update({"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]})
+projected_allreduce.__annotations__.update({"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]})  # type: ignore[attr-defined]
 
 
 def _check_options(optimizer: LowRankOptimizer) -> None:

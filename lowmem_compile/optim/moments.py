@@ -70,7 +70,7 @@ def adam_size(lr: float, beta1: float, beta2: float, t: int) -> float:
     return float(lr * math.sqrt(1 - beta2**t) / (1 - beta1**t))
 
 
-def factored_moments(row: Tensor, col: Tensor, R: Tensor, beta2: float, eps: float) -> tuple[Tensor, Tensor]:
+def factored_moments(row: Tensor, col: Tensor, R: Tensor, beta2: float | Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The new row and column means of R² over its last two dimensions."""
     square = R * R + eps
     return row * beta2 + square.mean(-1) * (1 - beta2), col * beta2 + square.mean(-2) * (1 - beta2)

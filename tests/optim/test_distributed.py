@@ -61,7 +61,7 @@ def distributed_data_parallel(rank: int, *, view: bool) -> tuple[dict[str, Tenso
     model, batches = make()
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
     optimizer = GaLore(wrapped.parameters(), rank=R, update_interval=3)
-    wrapped.register_comm_hook(optimizer, projected_allreduce)  # type: ignore[arg-type]
+    wrapped.register_comm_hook(optimizer, projected_allreduce)
     sent, reduce = [0], dist.all_reduce
 
     def counting(flat: Tensor, *args: Any, **kwargs: Any) -> Any:

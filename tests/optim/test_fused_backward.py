@@ -350,7 +350,7 @@ def test_with_generated_code_the_peak_holds_no_sum_of_gradients(kind: Any, least
     """Gradients together would take four times one matrix. An update is one, Fira's gradient and residual are two."""
     width = 128
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(4)))
-    options = {"gradients": "exact", "codec": "none"}
+    options: Any = {"gradients": "exact", "codec": "none"}
     twin, call = copy.deepcopy(model), torch.compile(lambda x: model(x).square().mean(), backend="lowmem", options=options)
     optimizer = kind(model.parameters(), rank=8, update_interval=4, fused_backward=True)
     reference = kind(twin.parameters(), rank=8, update_interval=4)
