@@ -128,7 +128,7 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint."""
-        state = {"step": self.step, "seconds": self.seconds}
+        state: dict[str, Any] = {"step": self.step, "seconds": self.seconds}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)

@@ -230,7 +230,7 @@ def main(
         except ImportError as error:
             print(f"{name}: left out, {error}")
             continue
-        options = {"gradients": "exact", "codec": "none"} if backend == "lowmem" else None
+        options: Any = {"gradients": "exact", "codec": "none"} if backend == "lowmem" else None
         runners.append(Runner(name, torch.compile(mine, backend=backend, options=options), optimizer))
     bar = tqdm(total=len(runners) * interval * (1 + cycles), mininterval=5, dynamic_ncols=True)
     for step in range(interval * (1 + cycles)):

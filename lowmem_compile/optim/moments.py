@@ -55,14 +55,15 @@ def rates_of(group: dict[str, Any], t: int) -> Rates:
     return Rates(lr, lr, 1 - t ** group["decay_rate"])
 
 
-def adam_moments(m: Tensor, v: Tensor, R: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    """The new m and v."""
-    return m * beta1 + R * (1 - beta1), v * beta2 + (R * R) * (1 - beta2)
+def advance_moments(m: Tensor, v: Tensor, R: Tensor, beta1: float, beta2: float) -> None:
+    """Advance m and v, in place."""
+    m.mul_(beta1).add_(R, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(R, R, value=1 - beta2)
 
 
 def adam_direction(m: Tensor, v: Tensor, eps: float) -> Tensor:
     """N = m/(√v + ε)."""
-    return m / (v.sqrt() + eps)
+    return m / v.sqrt().add_(eps)
 
 
 def adam_size(lr: float, beta1: float, beta2: float, t: int) -> float:
@@ -132,7 +133,8 @@ def take_step(
     rates = rates_of(group, state["step"]) if rates is None else rates
     if group["base"] == "adamw":
         first, second = by_key["exp_avg"], by_key["exp_avg_sq"]
-        m, v = adam_moments(first.load(state), second.load(state), R, beta1, beta2)
+        m, v = first.load(state), second.load(state)
+        advance_moments(m, v, R, beta1, beta2)
         first.save(state, m)
         second.save(state, v)
         return Update(adam_direction(m, v, group["eps"]), rates.size, decay_of(rates.lr, group), False)
@@ -175,18 +177,18 @@ def factored_step(state: State, slots: tuple[Slot, ...], R: Tensor, group: dict[
 def apply_update(W: Tensor, direction: Tensor, update: Update) -> None:
     """Change W in place by an update whose direction has been brought to W's shape; computed in the direction's dtype."""
     wide = W.to(direction.dtype)
-    if update.decay_first and _decays(update):
+    if update.decay_first and decays(update):
         wide.sub_(wide * update.decay)
     if isinstance(update.size, Tensor):
         wide.sub_(direction * update.size)
     else:
         wide.sub_(direction, alpha=update.size)
-    if not update.decay_first and _decays(update):
+    if not update.decay_first and decays(update):
         wide.sub_(wide * update.decay)
     if wide is not W:
         W.copy_(wide)
 
 
-def _decays(update: Update) -> bool:
+def decays(update: Update) -> bool:
     """Whether there is a decay; a tensor is always taken for one, so that nothing waits for the device."""
     return isinstance(update.decay, Tensor) or update.decay != 0

@@ -1,8 +1,8 @@
 """Large parameters a piece at a time, so that float32 copies take a few times one piece and not a few times an embedding.
 
 Adam's update of an unprojected parameter is elementwise, so it runs over pieces of the flat parameter; pieces end at the ends of
-8-bit blocks, so results are the same. For a projected matrix, down and up go over blocks of rows: neither the whole gradient in
-float32 nor the whole update is made (methods that need the whole gradient, refreshes and Flora's base update aside).
+8-bit blocks, so results are the same. For a projected matrix, up(N) is added to W in place, or in blocks of rows if W is of another
+dtype, and down goes over blocks of rows: neither the whole gradient in float32 nor the whole update is made (methods that need the whole gradient, refreshes and Flora's base update aside).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_compile.optim.moments import Rates, Update, apply_update, take_step
+from lowmem_compile.optim.moments import Rates, Update, apply_update, decays, take_step
 from lowmem_compile.optim.projector import Factors, Side, down, up
 from lowmem_compile.optim.slots import Slot, State, compute_dtype
 
@@ -63,6 +63,14 @@ def project(grad: Tensor, factors: Factors, side: Side) -> Tensor:
 
 def apply_projected(W: Tensor, N: Tensor, factors: Factors, side: Side, update: Update) -> None:
     """Change W in place by up(N), as ``update`` says; a traced one, whose size is a tensor, in one piece."""
+    if side in ("right", "left") and W.dtype == N.dtype and not isinstance(update.size, Tensor):
+        if decays(update) and update.decay_first:
+            W.sub_(W * update.decay)
+        left, right = (N, factors[0].T) if side == "right" else (factors[0], N)
+        W.addmm_(left, right, alpha=-update.size)
+        if decays(update) and not update.decay_first:
+            W.sub_(W * update.decay)
+        return
     if side not in ("right", "left") or isinstance(update.size, Tensor) or W.numel() <= LARGEST:
         apply_update(W, up(N, factors, side), update)
         return
