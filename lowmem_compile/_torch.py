@@ -256,6 +256,31 @@ def own_tracing_context(example_inputs: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+def at_end_of_backward(run: Callable[[], None]) -> None:
+    """Call ``run`` when the backward pass that is running has ended."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(run)
+
+
+def compiled_backward(outputs: Any) -> Any:
+    """The autograd node that runs a compiled backward graph, from what its forward graph returned; ``None`` if there is none."""
+    from torch.utils._pytree import tree_leaves
+
+    nodes: list[Any] = [t.grad_fn for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop(0)
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CompiledFunctionBackward":
+            return node
+        seen.add(node)
+        nodes += [below for below, _ in node.next_functions]
+    if seen:
+        raise AssertionError(f"no compiled backward graph among {sorted({type(node).__name__ for node in seen})}")
+    return None
+
+
 def tracing_is_on() -> bool:
     """Whether structured tracing (``TORCH_TRACE``) writes anywhere."""
     from torch._logging._internal import trace_log

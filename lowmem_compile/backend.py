@@ -36,7 +36,7 @@ from lowmem_compile.pipeline import run_stage
 from lowmem_compile.registry import Entry, forget, register
 from lowmem_compile.registry import reset as reset_registry
 from lowmem_compile.saved import Partition
-from lowmem_compile.tapping import TapInput, Variants, tapped_positions
+from lowmem_compile.tapping import TapInput, Variants, parameter_positions
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +86,16 @@ def lowmem(
 
         complete(gm, example_inputs)
 
-    def build(graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput]) -> Callable[..., Any]:
+    def build(
+        graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput], planned: Sequence[Planned]
+    ) -> Callable[..., Any]:
         return compile_graph(
-            graph, inputs, args, taps, updates, settings, dict(patches), inner_compile, Watch(observe, curve=curve)
+            graph, inputs, args, taps, planned, settings, dict(patches), inner_compile, Watch(observe, curve=curve)
         )
 
-    positions = tapped_positions(gm, example_inputs) if may_tap(settings) and not updates else []
-    if positions:
-        return Variants(gm, example_inputs, positions, build)
-    return build(gm, list(example_inputs), example_inputs, {})
+    if may_tap(settings) and not updates and parameter_positions(example_inputs):
+        return Variants(gm, example_inputs, build)
+    return with_claims(build(gm, list(example_inputs), example_inputs, {}, updates), updates)
 
 
 def may_tap(settings: Options) -> bool:
@@ -152,7 +153,7 @@ def compile_graph(
         raise
     finally:
         partitioner.inputs = ()
-    return with_claims(cast("Callable[..., Any]", compiled), updates)
+    return cast("Callable[..., Any]", compiled)
 
 
 lowmem.reset = reset_registry  # type: ignore[attr-defined]  # called by torch._dynamo.reset()

@@ -115,12 +115,28 @@ class Marking(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Planned:
-    """What the graph says of one parameter: places among the inputs of the Dynamo graph."""
+    """What the graph says of one parameter: places among the inputs of the Dynamo graph.
+
+    Attributes:
+        parameter: what the rule changes.
+        rule: its name.
+        count: int64 scalar that counts the updates which ran.
+        unit: what the update adds to it.
+        tensors: the rule's.
+        gradient: the input whose gradient the rule takes: the parameter itself if -1, or the zero of a projection tap.
+    """
 
     parameter: int
     rule: str
     count: int
     tensors: tuple[int, ...]
+    gradient: int = -1
+    unit: int = 1
+
+    @property
+    def source(self) -> int:
+        """The input whose gradient the rule takes."""
+        return self.parameter if self.gradient < 0 else self.gradient
 
 
 def take_marks(gm: fx.GraphModule) -> tuple[Planned, ...]:
@@ -141,7 +157,7 @@ def take_marks(gm: fx.GraphModule) -> tuple[Planned, ...]:
 
 def plan_key(plan: Sequence[Planned]) -> str:
     """What of a plan decides the compiled code; empty without one."""
-    return json.dumps([(p.parameter, p.rule, p.count, p.tensors) for p in plan]) if plan else ""
+    return json.dumps([(p.parameter, p.rule, p.count, p.tensors, p.gradient, p.unit) for p in plan]) if plan else ""
 
 
 def with_claims(compiled: Callable[..., Any], plan: Sequence[Planned]) -> Callable[..., Any]:

@@ -54,7 +54,7 @@ class UpdateInBackward:
     numerics = Numerics.REASSOCIATED
 
     def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:
-        planned = {p.parameter: p for p in ctx.facts.get("updates", ())}
+        planned = {p.source: p for p in ctx.facts.get("updates", ())}
         if not planned:
             return []
         found = []
@@ -93,7 +93,7 @@ class UpdateInBackward:
             drop(graph, gradient)
         for old, new in zip([parameter, *tensors[: rule.states]], results, strict=True):
             write(graph, before, old, new)
-        count_update(graph, count)
+        count_update(graph, count, place.planned.unit)
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
         """Bytes of the gradient, which no longer lives until the end."""
@@ -161,16 +161,16 @@ def write(graph: fx.Graph, before: fx.Node, old: fx.Node, new: fx.Node) -> None:
     node.meta = {"val": old.meta["val"], "partitioner_tag": "is_backward"}
 
 
-def count_update(graph: fx.Graph, count: fx.Node) -> None:
-    """One more update: the graph adds their number to ``count`` once."""
+def count_update(graph: fx.Graph, count: fx.Node, unit: int) -> None:
+    """One more update: the graph adds the sum of their units to ``count`` once."""
     for node in count.users:
         if node.target == aten.add.Tensor:
             number = node.args[1]
             if not isinstance(number, int):
                 raise AssertionError(f"{node.format_node()} does not count")
-            node.args = (count, number + 1)
+            node.args = (count, number + unit)
             return
     with graph.inserting_before(graph.output_node()):
-        total = graph.call_function(aten.add.Tensor, (count, 1))
+        total = graph.call_function(aten.add.Tensor, (count, unit))
     total.meta = {"val": count.meta["val"], "partitioner_tag": "is_backward"}
     write(graph, graph.output_node(), count, total)

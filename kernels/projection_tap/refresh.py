@@ -1,13 +1,18 @@
-"""``lowmem::refresh_tap``: as ``lowmem::projection_tap``, for a step that makes its basis inside the backward pass.
+"""Bases made inside the backward pass: ``lowmem::refresh_tap`` and ``lowmem::fresh_factors``.
+
+``lowmem::refresh_tap``: as ``lowmem::projection_tap``, for a step that makes its basis inside the backward pass.
 
 The whole gradient G = dYᵀ x exists inside one operation of the backward graph: it is formed, handed to the optimizer, which makes
 the basis, and projected. The graph knows the optimizer by a number, so nothing of it is baked into compiled code.
+
+``lowmem::fresh_factors`` is for backward graphs that update the weight too: it takes the whole gradient, which such a graph has
+in hand for one weight at a time, and returns new factors. It changes nothing; the graph itself writes them into the state.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,13 +22,13 @@ from lowmem_compile.errors import GradientError
 
 
 class Refresher:
-    """What takes a whole gradient and returns its projection in the basis it made from it.
+    """What takes a whole gradient and returns its projection in the basis it made from it, or, for ``fresh_factors``, that basis.
 
     Attributes:
         ticket: int64 scalar that stands for it in a graph.
     """
 
-    def __init__(self, take: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, take: Callable[[torch.Tensor], Any]) -> None:
         self.take = take
         number = next(_NUMBERS)
         self.ticket = torch.tensor(number, dtype=torch.int64)
@@ -76,7 +81,7 @@ def refresh_basis(grad: torch.Tensor, x: torch.Tensor, ticket: torch.Tensor, ran
     refresher = _REFRESHERS.get(int(ticket))
     if refresher is None:
         raise GradientError("the optimizer that was to make a basis in this backward pass was deleted after the forward pass.")
-    low = refresher.take(grad.T @ x)
+    low: torch.Tensor = refresher.take(grad.T @ x)
     expected = (rank, x.shape[1]) if left else (grad.shape[1], rank)
     if tuple(low.shape) != expected:
         raise AssertionError(f"a refresher returned {tuple(low.shape)}, not {expected}")
@@ -104,3 +109,29 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 refresh_tap.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("lowmem::fresh_factors", mutates_args=())
+def fresh_factors(grad: torch.Tensor, ticket: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]:
+    """The factors of a new basis from a whole gradient; nothing is changed.
+
+    Args:
+        grad: G, in float32 or float64.
+        ticket: of a :class:`Refresher` that returns factors.
+        shape: rows and columns of each factor, one after the other.
+
+    Raises:
+        GradientError: the optimizer is gone, or the gradient is not finite.
+    """
+    refresher = _REFRESHERS.get(int(ticket))
+    if refresher is None:
+        raise GradientError("the optimizer that was to make a basis in this backward pass was deleted after the forward pass.")
+    made = refresher.take(grad)
+    if [size for factor in made for size in factor.shape] != list(shape):
+        raise AssertionError(f"a refresher returned {[tuple(factor.shape) for factor in made]}, not {list(shape)}")
+    return [factor.to(grad.dtype).clone(memory_format=torch.contiguous_format) for factor in made]
+
+
+@fresh_factors.register_fake
+def _(grad: torch.Tensor, ticket: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]:  # noqa: ARG001
+    return [grad.new_empty((rows, columns)) for rows, columns in zip(shape[::2], shape[1::2], strict=True)]

@@ -94,8 +94,8 @@ class APOLLO(LowRankOptimizer):
 
     def projected_step(self, work: Work) -> None:
         assert work.full is not None
-        update = take_step(work.state, work.slots, work.low, work.param, work.group)
+        update = take_step(work.state, work.slots, work.low, work.param, work.group, work.rates)
         ratio = norm_ratio(update.direction, work.low, work.plan.side, whole=work.group["mini"])
-        S, norm = limit_growth(ratio * work.full, work.slots[-1].load(work.state))
+        S, norm = limit_growth(ratio * work.full, work.slots[-1].load(work.state), total=work.total)
         work.slots[-1].save(work.state, norm)
         self.apply(work, S, update)

@@ -27,8 +27,9 @@ from torch.optim import Optimizer
 
 from lowmem_compile.errors import GradientError, OptionError
 from lowmem_compile.optim.bases import mix
+from lowmem_compile.optim.fused import Fusion
 from lowmem_compile.optim.gradient import projected_gradient, whole_gradient
-from lowmem_compile.optim.moments import Update, apply_update, moment_slots, take_step
+from lowmem_compile.optim.moments import Rates, Update, apply_update, moment_slots, take_step
 from lowmem_compile.optim.pieces import apply_projected, plain_step, project
 from lowmem_compile.optim.projector import Factors, Plan
 from lowmem_compile.optim.resume import check_structure, take_over
@@ -40,6 +41,18 @@ from lowmem_compile.optim.settings import (
     check_values,
     settle_rank,
     shared_indices,
+)
+from lowmem_compile.optim.sharded import (
+    check_sharded,
+    factors_of_rows,
+    gathered,
+    gathered_rows,
+    is_finite,
+    is_sharded,
+    local,
+    local_shape,
+    same_everywhere,
+    total_of,
 )
 from lowmem_compile.optim.slots import Slot, State, compute_dtype, total_bytes
 from lowmem_compile.optim.taps import Tap, announce, make_refresh_tap, make_tap
@@ -61,6 +74,7 @@ class LowRankOptimizer(Optimizer):
 
     def __init__(self, params: ParamsLike, options: Mapping[str, Any], common: Mapping[str, Any]) -> None:
         self._pending: dict[Tensor, Tensor] = {}
+        self.fusion = Fusion(self)
         self._forget()
         name = type(self).__name__
         check_names(common, COMMON, name)
@@ -97,6 +111,8 @@ class LowRankOptimizer(Optimizer):
             raise
         self._forget()
         announce(self, group["params"])
+        if group["fused_backward"]:
+            self.fusion.watch(group["params"])
 
     def _check_group(self, group: Group, where: str, shared: Any) -> None:
         method, params = type(self).__name__, group["params"]
@@ -114,7 +130,9 @@ class LowRankOptimizer(Optimizer):
         if shared and not projected:
             raise OptionError(f"{method}: {where} has shared parameters but rank=None; give it a rank, or leave out shared.")
         group["shared"] = shared_indices(shared, params, where)
-        list(self._units_of(group, len(self.param_groups) - 1, 0))  # every plan is made once, for its errors
+        for unit in self._units_of(group, len(self.param_groups) - 1, 0):  # every plan is made once, for its errors
+            for p, name in zip(unit.params, unit.names, strict=True):
+                check_sharded(p, name, group, unit.plan, f"{method}: {where}")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -137,11 +155,13 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        clocks = self.fusion.clocks()
         work = [(group, unit) for group, unit in self.units() if self._live(group, unit)]
         for group, unit in work:
             self._check_gradients(group, unit)
         for group, unit in work:
             self._step_unit(group, unit)
+        self.fusion.end(clocks)
         self._pending.clear()
         return loss
 
@@ -165,7 +185,7 @@ class LowRankOptimizer(Optimizer):
 
     def full_gradient_due(self, param: Tensor) -> bool:
         """Whether the next step needs this parameter's whole gradient: always, at a refresh, or not."""
-        group, unit = self._unit_of(param)
+        group, unit = self.unit_of(param)
         return isinstance(unit.plan, str) or self._needs_whole(group, unit)
 
     def factors_of(self, param: Tensor) -> Factors:
@@ -174,13 +194,13 @@ class LowRankOptimizer(Optimizer):
         Raises:
             GradientError: the basis comes from the next whole gradient, or the parameter is not projected.
         """
-        group, unit = self._unit_of(param)
+        group, unit = self.unit_of(param)
         if isinstance(unit.plan, str):
             raise GradientError(f"{unit.names[0]} is not projected: {unit.plan}.")
         t = self.state[unit.params[0]].get("basis_step", 0)
-        if self.refresh_needs_gradient and self._due(group, unit):
+        if self.refresh_needs_gradient and self.due(group, unit):
             raise GradientError(f"the basis of {unit.names[0]} comes from its next whole gradient; see full_gradient_due.")
-        return self._factors(group, unit, unit.plan, t)
+        return self.factors(group, unit, unit.plan, t)
 
     def give_projected(self, param: Tensor, low: Tensor) -> None:
         """Add an already projected gradient for the next step; it adds up with others and with ``param.grad``.
@@ -192,7 +212,7 @@ class LowRankOptimizer(Optimizer):
         Raises:
             GradientError: the next step needs the whole gradient, or the shape is wrong.
         """
-        _, unit = self._unit_of(param)
+        _, unit = self.unit_of(param)
         if isinstance(unit.plan, str) or self.full_gradient_due(param):
             raise GradientError(f"the next step needs the whole gradient of {' + '.join(unit.names)}; see full_gradient_due.")
         expected = unit.plan.low_shape(tuple(param.shape))
@@ -205,10 +225,12 @@ class LowRankOptimizer(Optimizer):
 
         The tap is the same object until the basis changes.
         """
-        group, unit = self._unit_of(param)
+        group, unit = self.unit_of(param)
         plan = unit.plan
         if isinstance(plan, str):
             return f"not projected: {plan}"
+        if is_sharded(param):
+            return "the parameter is sharded over ranks"
         if self.needs_full_gradient:
             return f"{type(self).__name__} needs the whole gradient at every step"
         if plan.side not in ("right", "left"):
@@ -216,7 +238,7 @@ class LowRankOptimizer(Optimizer):
         first = self.state.get(unit.params[0], {})
         t = first.get("basis_step", 0)
         generation, stored = t // group["update_interval"], first.get("projector")
-        if self.refresh_needs_gradient and self._due(group, unit):
+        if self.refresh_needs_gradient and self.due(group, unit):
             if not group["refresh_in_backward"] or len(unit.params) > 1:
                 return "this step makes a new basis from the whole gradient"
             tap = self._refreshing.get(param)
@@ -231,7 +253,7 @@ class LowRankOptimizer(Optimizer):
             if basis is None and stored is not None and stored.dtype == param.dtype:
                 basis = stored
             if basis is None or basis.dtype != param.dtype:
-                basis = self._factors(group, unit, plan, t)[0].to(param.dtype)
+                basis = self.factors(group, unit, plan, t)[0].to(param.dtype)
             tap = make_tap(param, plan.side, basis, plan.low_shape(tuple(param.shape)), generation)
             known = self._taps[param] = (stored, tap)
         return known[1]
@@ -243,22 +265,22 @@ class LowRankOptimizer(Optimizer):
         If the basis was made meanwhile, the gradient is projected alone. If the gradient is not finite, nothing is made, and the
         projection is NaN everywhere.
         """
-        group, unit = self._unit_of(param)
+        group, unit = self.unit_of(param)
         assert not isinstance(unit.plan, str)
         leader = self.state[param]
         t = leader.setdefault("basis_step", 0)
-        if self._due(group, unit):
+        if self.due(group, unit):
             if not bool(G.isfinite().all()):
                 return G.new_full(unit.plan.low_shape(tuple(param.shape)), float("nan"))
-            self._refresh(group, unit, unit.plan, [(param, G)])
+            self.refresh(group, unit, unit.plan, [(param, G)])
             leader["basis_made"] = t
-        return project(G, self._factors(group, unit, unit.plan, t), unit.plan.side)
+        return project(G, self.factors(group, unit, unit.plan, t), unit.plan.side)
 
     def state_bytes(self, param: Tensor) -> int:
         """Bytes kept for a parameter; the projector counts for the first of those that share it."""
-        group, unit = self._unit_of(param)
+        group, unit = self.unit_of(param)
         plan = None if isinstance(unit.plan, str) else unit.plan
-        held = total_bytes(self.slots(tuple(param.shape), param.dtype, group, plan))
+        held = total_bytes(self.slots(local_shape(param), param.dtype, group, plan))
         if plan is not None and param is unit.params[0]:
             held += total_bytes(self.factor_slots(plan, param.dtype, group))
         return held
@@ -268,8 +290,14 @@ class LowRankOptimizer(Optimizer):
         self._taps: dict[Tensor, tuple[Tensor | None, Tap]] = {}
         self._refreshing: dict[Tensor, Tap] = {}
         self._index: dict[Tensor, tuple[Group, Unit]] = {}
+        self.fusion.forget()
 
-    def _unit_of(self, param: Tensor) -> tuple[Group, Unit]:
+    def unit_of(self, param: Tensor) -> tuple[Group, Unit]:
+        """The group and the unit of a parameter.
+
+        Raises:
+            OptionError: it is not one of this optimizer's.
+        """
         if param not in self._index:
             self._index = {p: (group, unit) for group, unit in self.units() for p in unit.params}
         if param not in self._index:
@@ -288,16 +316,16 @@ class LowRankOptimizer(Optimizer):
 
     def _needs_whole(self, group: Group, unit: Unit) -> bool:
         """Whether the next step of a projected unit needs whole gradients."""
-        return self.needs_full_gradient or (self.refresh_needs_gradient and self._due(group, unit))
+        return self.needs_full_gradient or (self.refresh_needs_gradient and self.due(group, unit))
 
-    def _due(self, group: Group, unit: Unit) -> bool:
+    def due(self, group: Group, unit: Unit) -> bool:
         """Whether the next step makes a basis: every so many steps, unless the backward pass has made it already."""
         leader = self.state.get(unit.params[0], {})
         t = leader.get("basis_step", 0)
         return bool(t % group["update_interval"] == 0) and leader.get("basis_made", -1) != t
 
     def _check_gradients(self, group: Group, unit: Unit) -> None:
-        due = not isinstance(unit.plan, str) and self._due(group, unit)
+        due = not isinstance(unit.plan, str) and self.due(group, unit)
         for p, name in zip(unit.params, unit.names, strict=True):
             low = projected_gradient(p)
             if low is not None and not low.empty:
@@ -307,7 +335,7 @@ class LowRankOptimizer(Optimizer):
                 continue
             if grad.is_sparse:
                 raise GradientError(f"the gradient of {name} is sparse; make it dense (sparse=False for an embedding).")
-            if due and self.refresh_needs_gradient and not bool(grad.isfinite().all()):
+            if due and self.refresh_needs_gradient and not is_finite(grad):
                 raise GradientError(
                     f"the gradient of {name} is not finite at a step that computes a basis from it. Leave the step out "
                     "(as torch.amp.GradScaler does) or clip the gradient."
@@ -334,20 +362,20 @@ class LowRankOptimizer(Optimizer):
             for p in live:
                 self._plain_step(group, p)
             return
-        leader = self.state[unit.params[0]]
-        t = leader.setdefault("basis_step", 0)
-        if not self.stores_projector:
-            leader.setdefault("seed", mix(group["seed"], unit.ordinal))
-        if self._due(group, unit):
+        leader, t = self.leader_of(group, unit)
+        if self.due(group, unit):
             live_grads = [(p, grad) for p in unit.params if (grad := whole_gradient(p)) is not None]
-            self._refresh(group, unit, unit.plan, live_grads)
-        factors = self._factors(group, unit, unit.plan, t)
+            self.refresh(group, unit, unit.plan, live_grads)
+        factors = self.factors(group, unit, unit.plan, t)
         for p in live:
-            state, slots = self._state_of(p, group, unit.plan)
+            state, slots = self.state_of(p, group, unit.plan)
             wide = compute_dtype(p.dtype)
             grad, tapped = whole_gradient(p), projected_gradient(p)
+            grad, rows, total = None if grad is None else local(grad), factors_of_rows(factors, p, unit.plan), total_of(p)
             full = grad.to(wide) if grad is not None and self.needs_full_gradient else None
-            low = None if grad is None else project(grad, factors, unit.plan.side)
+            low = None if grad is None else project(grad, rows, unit.plan.side)
+            if low is not None and total is not None and unit.plan.side == "left":
+                low = total(low)
             if tapped is not None:
                 low = tapped.low.to(wide)
             if p in self._pending:
@@ -355,39 +383,57 @@ class LowRankOptimizer(Optimizer):
                 low = given if low is None else low + given
             assert low is not None
             state["step"] += 1
-            self.projected_step(Work(p, state, slots, low, full, factors, unit.plan, group))
+            self.projected_step(Work(local(p), state, slots, low, full, rows, unit.plan, group, total=total))
         leader["basis_step"] = t + 1
 
-    def _refresh(self, group: Group, unit: Unit, plan: Plan, live: list[tuple[Tensor, Tensor]]) -> None:
+    def step_one(self, group: Group, unit: Unit) -> None:
+        """One step of one unit from the gradients that are there.
+
+        Raises:
+            GradientError: see :meth:`step`.
+        """
+        self._check_gradients(group, unit)
+        self._step_unit(group, unit)
+
+    def leader_of(self, group: Group, unit: Unit) -> tuple[State, int]:
+        """The state of the parameter that stands for a projected unit, and the steps that the unit has taken."""
+        leader = self.state[unit.params[0]]
+        if not self.stores_projector:
+            leader.setdefault("seed", mix(group["seed"], unit.ordinal))
+        return leader, leader.setdefault("basis_step", 0)
+
+    def refresh(self, group: Group, unit: Unit, plan: Plan, live: list[tuple[Tensor, Tensor]]) -> None:
         """Put a new basis, from parameters and their whole gradients, into the state of the unit; carry the moments over."""
         first = unit.params[0]
         t = self.state[first]["basis_step"]
-        old = tuple(factor.clone() for factor in self._factors(group, unit, plan, t - 1)) if t else None
+        old = tuple(factor.clone() for factor in self.factors(group, unit, plan, t - 1)) if t else None
         if self.stores_projector:
-            grads = [grad.to(compute_dtype(p.dtype)) for p, grad in live]
+            grads = [gathered(grad).to(compute_dtype(p.dtype)) for p, grad in live]
 
             def momentum() -> Tensor:
-                return _stacked([self._momentum(p, group, plan) for p, _ in live])
+                return _stacked([self.momentum(p, group, plan) for p, _ in live])
 
-            new = self.new_factors(Refresh(group, plan, t, _stacked(grads), old, momentum))
+            new = same_everywhere(self.new_factors(Refresh(group, plan, t, _stacked(grads), old, momentum)), first)
             for slot, factor in zip(self.factor_slots(plan, first.dtype, group), new, strict=True):
                 slot.create(self.state[first], first.device)
                 slot.save(self.state[first], factor)
         if old is not None:
-            current = self._factors(group, unit, plan, t)
+            current = self.factors(group, unit, plan, t)
             for p in unit.params:
                 if "step" in self.state[p]:
-                    state, slots = self._state_of(p, group, plan)
+                    state, slots = self.state_of(p, group, plan)
                     self.carry(Move(state, slots, old, current, plan, group))
 
-    def _momentum(self, p: Tensor, group: Group, plan: Plan) -> Tensor:
+    def momentum(self, p: Tensor, group: Group, plan: Plan) -> Tensor:
+        """The first moment of a projected parameter; zeros if there is none."""
         state = self.state[p]
-        for slot in self.slots(tuple(p.shape), p.dtype, group, plan):
+        for slot in self.slots(local_shape(p), p.dtype, group, plan):
             if slot.key == "exp_avg" and slot.key in state:
-                return slot.load(state)
+                return gathered_rows(slot.load(state), p) if plan.side == "right" else slot.load(state)
         return torch.zeros(plan.low_shape(tuple(p.shape)), dtype=compute_dtype(p.dtype), device=p.device)
 
-    def _factors(self, group: Group, unit: Unit, plan: Plan, t: int) -> Factors:
+    def factors(self, group: Group, unit: Unit, plan: Plan, t: int) -> Factors:
+        """The projector of step t of a unit, in the dtype that updates are computed in."""
         first = unit.params[0]
         state = self.state[first]
         if self.stores_projector:
@@ -395,9 +441,9 @@ class LowRankOptimizer(Optimizer):
         seed = state.get("seed", mix(group["seed"], unit.ordinal))
         return self.drawn_factors(plan, mix(seed, t // group["update_interval"]), first)
 
-    def _state_of(self, p: Tensor, group: Group, plan: Plan | None) -> tuple[State, tuple[Slot, ...]]:
+    def state_of(self, p: Tensor, group: Group, plan: Plan | None) -> tuple[State, tuple[Slot, ...]]:
         """The state of a parameter, made at its first gradient, and its slots."""
-        state, slots = self.state[p], self.slots(tuple(p.shape), p.dtype, group, plan)
+        state, slots = self.state[p], self.slots(local_shape(p), p.dtype, group, plan)
         if "step" not in state:
             state["step"] = 0
             for slot in slots:
@@ -407,9 +453,9 @@ class LowRankOptimizer(Optimizer):
     def _plain_step(self, group: Group, p: Tensor) -> None:
         grad = whole_gradient(p)
         assert grad is not None
-        state, slots = self._state_of(p, group, None)
+        state, slots = self.state_of(p, group, None)
         state["step"] += 1
-        plain_step(p, grad, state, slots, group)
+        self.unprojected_step(local(p), local(grad), state, slots, group)
 
     # What a method defines.
 
@@ -436,9 +482,15 @@ class LowRankOptimizer(Optimizer):
     def carry(self, move: Move) -> None:
         """Carry the moments to a new basis; they are left as they are unless a method says otherwise."""
 
+    def unprojected_step(
+        self, p: Tensor, grad: Tensor, state: State, slots: tuple[Slot, ...], group: Group, rates: Rates | None = None
+    ) -> None:
+        """Advance the moments by the whole gradient of a parameter that is not projected, and change it."""
+        plain_step(p, grad, state, slots, group, rates)
+
     def projected_step(self, work: Work) -> None:
         """Advance the moments by a projected gradient and change the parameter: W ← W - η·scale·up(N)."""
-        update = take_step(work.state, work.slots, work.low, work.param, work.group)
+        update = take_step(work.state, work.slots, work.low, work.param, work.group, work.rates)
         scaled = update._replace(size=update.size * work.group["scale"])
         apply_projected(work.param, update.direction, work.factors, work.plan.side, scaled)
 
@@ -452,8 +504,13 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_pending", {})
         self.__dict__.setdefault("_shared", [])
+        if "fusion" not in self.__dict__:
+            self.fusion = Fusion(self)
         self._forget()
-        announce(self, [p for group in self.param_groups for p in group["params"]])
+        for group in self.param_groups:
+            announce(self, group["params"])
+            if group.setdefault("fused_backward", False):
+                self.fusion.watch(group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint exactly: tensors keep their dtypes (PyTorch would cast them to the parameter's).
@@ -473,6 +530,7 @@ class LowRankOptimizer(Optimizer):
         finally:
             handle.remove()
         take_over(self.state, [p for group in self.param_groups for p in group["params"]], seen[0])
+        self.fusion.forget()
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

@@ -77,9 +77,9 @@ class Fira(GaLore):
     def projected_step(self, work: Work) -> None:
         assert work.full is not None
         side, slot = work.plan.side, work.slots[-1]
-        update = take_step(work.state, work.slots, work.low, work.param, work.group)
+        update = take_step(work.state, work.slots, work.low, work.param, work.group, work.rates)
         residual = work.full - up(work.low, work.factors, side)
-        S, norm = limit_growth(norm_ratio(update.direction, work.low, side) * residual, slot.load(work.state))
+        S, norm = limit_growth(norm_ratio(update.direction, work.low, side) * residual, slot.load(work.state), total=work.total)
         slot.save(work.state, norm)
         self.apply(work, up(update.direction, work.factors, side) + S, update)
 

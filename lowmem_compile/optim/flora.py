@@ -18,7 +18,17 @@ from torch import Tensor
 
 from lowmem_compile.optim.base import LowRankOptimizer
 from lowmem_compile.optim.bases import gaussian
-from lowmem_compile.optim.moments import Update, apply_update, clip_rms, factored_rate, factored_slots, factored_step
+from lowmem_compile.optim.moments import (
+    Rates,
+    Update,
+    apply_update,
+    clip_rms,
+    decay_of,
+    factored_rate,
+    factored_slots,
+    factored_step,
+    rates_of,
+)
 from lowmem_compile.optim.projector import Factors, Plan, up
 from lowmem_compile.optim.settings import Common, ParamsLike
 from lowmem_compile.optim.slots import Slot, State, compute_dtype, moment_slot
@@ -89,14 +99,14 @@ class Flora(LowRankOptimizer):
     def projected_step(self, work: Work) -> None:
         C = self._advance(work.state, work.slots[0], work.low, work.group)
         M = up(C, work.factors, work.plan.side)
-        self._finish(work.param, work.state, work.slots, M, work.group, work.group["scale"])
+        rates = rates_of(work.group, work.state["step"]) if work.rates is None else work.rates
+        self._finish(work.param, work.state, work.slots, M, work.group, work.group["scale"], rates)
 
-    def _plain_step(self, group: Group, p: Tensor) -> None:
-        assert p.grad is not None
-        state, slots = self._state_of(p, group, None)
-        state["step"] += 1
-        m = self._advance(state, slots[0], p.grad.to(compute_dtype(p.dtype)), group)
-        self._finish(p, state, slots, m, group, 1.0)
+    def unprojected_step(
+        self, p: Tensor, grad: Tensor, state: State, slots: tuple[Slot, ...], group: Group, rates: Rates | None = None
+    ) -> None:
+        m = self._advance(state, slots[0], grad.to(compute_dtype(p.dtype)), group)
+        self._finish(p, state, slots, m, group, 1.0, rates_of(group, state["step"]) if rates is None else rates)
 
     def _advance(self, state: State, slot: Slot, R: Tensor, group: Group) -> Tensor:
         """The momentum after R."""
@@ -105,12 +115,13 @@ class Flora(LowRankOptimizer):
         slot.save(state, C)
         return C
 
-    def _finish(self, p: Tensor, state: State, slots: tuple[Slot, ...], M: Tensor, group: Group, scale: float) -> None:
+    def _finish(
+        self, p: Tensor, state: State, slots: tuple[Slot, ...], M: Tensor, group: Group, scale: float, rates: Rates
+    ) -> None:
         """The base update on a momentum of full size."""
         if group["base"] == "sgd":
-            lr = float(group["lr"])
-            apply_update(p, M, Update(M, lr * scale, lr * group["weight_decay"], True))
+            apply_update(p, M, Update(M, rates.lr * scale, decay_of(rates.lr, group), True))
             return
-        rate = factored_rate(p, group)
-        u = clip_rms(factored_step(state, slots[1:], M, group), group["clip_threshold"]) * rate
-        apply_update(p, u, Update(u, scale, rate * group["weight_decay"], True))
+        rate = factored_rate(p, group, rates)
+        u = clip_rms(factored_step(state, slots[1:], M, group, rates), group["clip_threshold"]) * rate
+        apply_update(p, u, Update(u, scale, decay_of(rate, group), True))

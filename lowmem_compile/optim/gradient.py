@@ -194,9 +194,37 @@ HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
 """What may be done to a projected gradient."""
 
 
+CONSUMED = (
+    "the gradient was consumed by the update in the backward pass (fused_backward=True). It cannot be accumulated, clipped, "
+    "unscaled or read: use fused_backward=False for that."
+)
+
+
+class ConsumedGradient(Tensor):
+    """Stands in ``param.grad`` for a gradient that is gone; every operation but ``zero_`` and ``detach_`` is a GradientError."""
+
+    @staticmethod
+    def __new__(cls, param: Tensor) -> Self:
+        make: Callable[..., Self] = Tensor._make_wrapper_subclass
+        return make(cls, param.shape, dtype=param.dtype, device=param.device)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ConsumedGradient(shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (aten.zero_.default, aten.detach_.default, aten.detach.default):
+            return args[0]
+        raise GradientError(CONSUMED)
+
+
 def whole_gradient(param: Tensor) -> Tensor | None:
     """The whole gradient of a parameter, or ``None`` if there is none or only its projection."""
     grad = param.grad
+    if isinstance(grad, ConsumedGradient):
+        return None
     return grad.full if isinstance(grad, ProjectedGradient) else grad
 
 

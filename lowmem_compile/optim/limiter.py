@@ -7,6 +7,8 @@ Fira's Eq. 10, γ = 1.01: if ‖S‖ > γ·‖S_prev‖ then S ← S·γ·‖S_p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,9 @@ def norm_ratio(N: Tensor, R: Tensor, side: Side, *, whole: bool = False) -> Tens
     return along
 
 
-def limit_growth(S: Tensor, previous: Tensor, gamma: float = GAMMA) -> tuple[Tensor, Tensor]:
+def limit_growth(
+    S: Tensor, previous: Tensor, gamma: float = GAMMA, total: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """S after the limiter, and its norm.
 
     Args:
@@ -36,8 +40,11 @@ def limit_growth(S: Tensor, previous: Tensor, gamma: float = GAMMA) -> tuple[Ten
             Zero is taken for a first step too: the published rule would let S grow from 1e-8 by 1 % a step after a gradient
             of zero.
         gamma: most growth a step.
+        total: sums over the ranks that hold the other rows of S.
     """
     norm = torch.linalg.vector_norm(S)
+    if total is not None:
+        norm = total(norm.square()).sqrt()
     before = torch.where(previous > 0, previous.to(norm.dtype), torch.inf)
     factor = (norm / (before + TINY)).clamp(min=gamma) / gamma
     return S / factor, norm / factor

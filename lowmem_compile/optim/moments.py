@@ -28,19 +28,42 @@ class Update(NamedTuple):
     """What a base update asks for: W loses ``size``·up(``direction``), and ``decay``·W before or after that."""
 
     direction: Tensor
-    size: float
+    size: float | Tensor
     decay: float | Tensor
     decay_first: bool
 
 
-def adam_moments(m: Tensor, v: Tensor, R: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    """The new m and v."""
-    return m * beta1 + R * (1 - beta1), v * beta2 + (R * R) * (1 - beta2)
+class Rates(NamedTuple):
+    """The numbers of one step that change from step to step; 0-dimensional tensors where they are inputs of a graph.
+
+    Attributes:
+        lr: the learning rate.
+        size: η of ``"adamw"``.
+        beta2: β₂ₜ of ``"adafactor"``.
+    """
+
+    lr: float | Tensor
+    size: float | Tensor
+    beta2: float | Tensor
+
+
+def rates_of(group: dict[str, Any], t: int) -> Rates:
+    """The rates of a group at step t, from 1."""
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    if group["base"] == "adamw":
+        return Rates(lr, adam_size(lr, beta1, beta2, t), beta2)
+    return Rates(lr, lr, 1 - t ** group["decay_rate"])
+
+
+def advance_moments(m: Tensor, v: Tensor, R: Tensor, beta1: float, beta2: float) -> None:
+    """Advance m and v, in place."""
+    m.mul_(beta1).add_(R, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(R, R, value=1 - beta2)
 
 
 def adam_direction(m: Tensor, v: Tensor, eps: float) -> Tensor:
     """N = m/(√v + ε)."""
-    return m / (v.sqrt() + eps)
+    return m / v.sqrt().add_(eps)
 
 
 def adam_size(lr: float, beta1: float, beta2: float, t: int) -> float:
@@ -48,7 +71,7 @@ def adam_size(lr: float, beta1: float, beta2: float, t: int) -> float:
     return float(lr * math.sqrt(1 - beta2**t) / (1 - beta1**t))
 
 
-def factored_moments(row: Tensor, col: Tensor, R: Tensor, beta2: float, eps: float) -> tuple[Tensor, Tensor]:
+def factored_moments(row: Tensor, col: Tensor, R: Tensor, beta2: float | Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The new row and column means of R² over its last two dimensions."""
     square = R * R + eps
     return row * beta2 + square.mean(-1) * (1 - beta2), col * beta2 + square.mean(-2) * (1 - beta2)
@@ -92,7 +115,9 @@ def moment_slots(shape: tuple[int, ...], dtype: torch.dtype, group: State) -> tu
     return (*first, *factored_slots(shape, dtype))
 
 
-def take_step(state: State, slots: tuple[Slot, ...], R: Tensor, W: Tensor, group: dict[str, Any]) -> Update:
+def take_step(
+    state: State, slots: tuple[Slot, ...], R: Tensor, W: Tensor, group: dict[str, Any], rates: Rates | None = None
+) -> Update:
     """Advance the moments by one gradient and return the update, in the shape of R.
 
     Args:
@@ -101,34 +126,42 @@ def take_step(state: State, slots: tuple[Slot, ...], R: Tensor, W: Tensor, group
         R: gradient in the dtype that updates are computed in.
         W: the parameter.
         group: its parameter group.
+        rates: those of this step, if not from ``state["step"]`` and the group.
     """
     by_key = {slot.key: slot for slot in slots}
     beta1, beta2 = group["betas"]
-    lr, t = float(group["lr"]), state["step"]
+    rates = rates_of(group, state["step"]) if rates is None else rates
     if group["base"] == "adamw":
         first, second = by_key["exp_avg"], by_key["exp_avg_sq"]
-        m, v = adam_moments(first.load(state), second.load(state), R, beta1, beta2)
+        m, v = first.load(state), second.load(state)
+        advance_moments(m, v, R, beta1, beta2)
         first.save(state, m)
         second.save(state, v)
-        return Update(adam_direction(m, v, group["eps"]), adam_size(lr, beta1, beta2, t), lr * group["weight_decay"], False)
-    alpha = factored_rate(W, group)
-    u = clip_rms(factored_step(state, slots, R, group), group["clip_threshold"]) * alpha
+        return Update(adam_direction(m, v, group["eps"]), rates.size, decay_of(rates.lr, group), False)
+    alpha = factored_rate(W, group, rates)
+    u = clip_rms(factored_step(state, slots, R, group, rates), group["clip_threshold"]) * alpha
     if "exp_avg" in by_key:
         u = by_key["exp_avg"].load(state) * beta1 + u * (1 - beta1)
         by_key["exp_avg"].save(state, u)
-    return Update(u, 1.0, alpha * group["weight_decay"], True)
+    return Update(u, 1.0, decay_of(alpha, group), True)
 
 
-def factored_rate(W: Tensor, group: dict[str, Any]) -> float | Tensor:
+def decay_of(rate: float | Tensor, group: dict[str, Any]) -> float | Tensor:
+    """The share of W that decays at this rate."""
+    return rate * group["weight_decay"] if group["weight_decay"] else 0.0
+
+
+def factored_rate(W: Tensor, group: dict[str, Any], rates: Rates) -> float | Tensor:
     """Adafactor's α: the learning rate, times max(ε₂, RMS(W)) if the group asks for it."""
-    lr = float(group["lr"])
-    return rms(W.to(compute_dtype(W.dtype))).clamp(min=group["min_scale"]) * lr if group["scale_parameter"] else lr
+    if not group["scale_parameter"]:
+        return rates.lr
+    return rms(W.to(compute_dtype(W.dtype))).clamp(min=group["min_scale"]) * rates.lr
 
 
-def factored_step(state: State, slots: tuple[Slot, ...], R: Tensor, group: dict[str, Any]) -> Tensor:
+def factored_step(state: State, slots: tuple[Slot, ...], R: Tensor, group: dict[str, Any], rates: Rates) -> Tensor:
     """Advance the second moment by R and return R divided by its root."""
     by_key = {slot.key: slot for slot in slots}
-    beta2 = 1 - state["step"] ** group["decay_rate"]
+    beta2 = rates.beta2
     if "exp_avg_sq" in by_key:
         v = by_key["exp_avg_sq"].load(state) * beta2 + (R * R + group["factored_eps"]) * (1 - beta2)
         by_key["exp_avg_sq"].save(state, v)
@@ -144,15 +177,18 @@ def factored_step(state: State, slots: tuple[Slot, ...], R: Tensor, group: dict[
 def apply_update(W: Tensor, direction: Tensor, update: Update) -> None:
     """Change W in place by an update whose direction has been brought to W's shape; computed in the direction's dtype."""
     wide = W.to(direction.dtype)
-    if update.decay_first and _decays(update):
+    if update.decay_first and decays(update):
         wide.sub_(wide * update.decay)
-    wide.sub_(direction, alpha=update.size)
-    if not update.decay_first and _decays(update):
+    if isinstance(update.size, Tensor):
+        wide.sub_(direction * update.size)
+    else:
+        wide.sub_(direction, alpha=update.size)
+    if not update.decay_first and decays(update):
         wide.sub_(wide * update.decay)
     if wide is not W:
         W.copy_(wide)
 
 
-def _decays(update: Update) -> bool:
+def decays(update: Update) -> bool:
     """Whether there is a decay; a tensor is always taken for one, so that nothing waits for the device."""
     return isinstance(update.decay, Tensor) or update.decay != 0

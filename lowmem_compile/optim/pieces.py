@@ -1,8 +1,8 @@
 """Large parameters a piece at a time, so that float32 copies take a few times one piece and not a few times an embedding.
 
 Adam's update of an unprojected parameter is elementwise, so it runs over pieces of the flat parameter; pieces end at the ends of
-8-bit blocks, so results are the same. For a projected matrix, down and up go over blocks of rows: neither the whole gradient in
-float32 nor the whole update is made (methods that need the whole gradient, refreshes and Flora's base update aside).
+8-bit blocks, so results are the same. For a projected matrix, up(N) is added to W in place, or in blocks of rows if W is of another
+dtype, and down goes over blocks of rows: neither the whole gradient in float32 nor the whole update is made (methods that need the whole gradient, refreshes and Flora's base update aside).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_compile.optim.moments import Update, apply_update, take_step
+from lowmem_compile.optim.moments import Rates, Update, apply_update, decays, take_step
 from lowmem_compile.optim.projector import Factors, Side, down, up
 from lowmem_compile.optim.slots import Slot, State, compute_dtype
 
@@ -22,7 +22,9 @@ LARGEST = 2**22
 """Elements a piece, at most (rounded down to whole 8-bit blocks)."""
 
 
-def plain_step(p: Tensor, grad: Tensor, state: State, slots: tuple[Slot, ...], group: dict[str, Any]) -> None:
+def plain_step(
+    p: Tensor, grad: Tensor, state: State, slots: tuple[Slot, ...], group: dict[str, Any], rates: Rates | None = None
+) -> None:
     """Advance the moments by a whole gradient and change the parameter in place.
 
     Args:
@@ -31,9 +33,10 @@ def plain_step(p: Tensor, grad: Tensor, state: State, slots: tuple[Slot, ...], g
         state: its state; ``state["step"]`` counts this step already.
         slots: its slots.
         group: its parameter group.
+        rates: given in a traced step, which has all in one piece: code generation needs no float32 copies.
     """
-    if group["base"] != "adamw" or p.numel() <= LARGEST or not p.is_contiguous():
-        update = take_step(state, slots, grad.to(compute_dtype(p.dtype)), p, group)
+    if group["base"] != "adamw" or rates is not None or p.numel() <= LARGEST or not p.is_contiguous():
+        update = take_step(state, slots, grad.to(compute_dtype(p.dtype)), p, group, rates)
         apply_update(p, update.direction, update)
         return
     flat, flat_grad = p.view(-1), grad.reshape(-1)
@@ -59,8 +62,16 @@ def project(grad: Tensor, factors: Factors, side: Side) -> Tensor:
 
 
 def apply_projected(W: Tensor, N: Tensor, factors: Factors, side: Side, update: Update) -> None:
-    """Change W in place by up(N), as ``update`` says."""
-    if side not in ("right", "left") or W.numel() <= LARGEST:
+    """Change W in place by up(N), as ``update`` says; a traced one, whose size is a tensor, in one piece."""
+    if side in ("right", "left") and W.dtype == N.dtype and not isinstance(update.size, Tensor):
+        if decays(update) and update.decay_first:
+            W.sub_(W * update.decay)
+        left, right = (N, factors[0].T) if side == "right" else (factors[0], N)
+        W.addmm_(left, right, alpha=-update.size)
+        if decays(update) and not update.decay_first:
+            W.sub_(W * update.decay)
+        return
+    if side not in ("right", "left") or isinstance(update.size, Tensor) or W.numel() <= LARGEST:
         apply_update(W, up(N, factors, side), update)
         return
     for rows in _row_blocks(W):

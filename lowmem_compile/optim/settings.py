@@ -47,6 +47,7 @@ COMMON: dict[str, Any] = {
     "min_scale": 1e-3,
     "scale_parameter": True,
     "refresh_in_backward": False,
+    "fused_backward": False,
     "shared": (),
 }
 
@@ -73,6 +74,8 @@ class Common(TypedDict, total=False):
         refresh_in_backward: in a compiled model, make a basis inside the backward pass, from the gradient of one weight at a
             time; with accumulation, from that of the first backward pass of the step. Weights with a shared projector and weights
             that are read more than once are refreshed in the step.
+        fused_backward: do the whole step of a parameter inside the backward pass, so that gradients never exist together; not
+            with accumulation, clipping by the global norm, ``GradScaler``, DistributedDataParallel or ``average_gradients``.
         shared: lists of matrices of one group that read the same input; each list shares one right projector.
     """
 
@@ -91,6 +94,7 @@ class Common(TypedDict, total=False):
     min_scale: float
     scale_parameter: bool
     refresh_in_backward: bool
+    fused_backward: bool
     shared: Sequence[Sequence[Tensor]]
 
 
@@ -155,7 +159,8 @@ def check_values(group: Mapping[str, Any], bases: Sequence[str], method: str, wh
     require("block_size", isinstance(group["block_size"], int) and group["block_size"] >= 1, "it is a whole number from 1")
     require("clip_threshold", group["clip_threshold"] > 0, "it is above 0")
     require("decay_rate", group["decay_rate"] < 0, "it is below 0 (the published value is -0.8)")
-    require("refresh_in_backward", isinstance(group["refresh_in_backward"], bool), "it is True or False")
+    for name in ("refresh_in_backward", "fused_backward"):
+        require(name, isinstance(group[name], bool), "it is True or False")
     for name in ("update_interval", "reproject_factor"):
         if name in group:
             require(name, isinstance(group[name], int) and group[name] >= 1, "it is a whole number of steps from 1")

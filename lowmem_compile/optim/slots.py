@@ -57,7 +57,7 @@ class Slot:
                 state[self.key] = torch.full(self.shape, self.fill, dtype=self.dtype, device=device)
 
     def load(self, state: State) -> Tensor:
-        """The value, in float32 (float64 if stored so). It may be the stored tensor itself: do not write to it."""
+        """The value, in float32 (float64 if stored so). It may be the stored tensor itself: who writes to it saves it."""
         stored: Tensor = state[self.key]
         if not self.block:
             return stored.to(compute_dtype(self.dtype))
@@ -66,6 +66,8 @@ class Slot:
 
     def save(self, state: State, value: Tensor) -> None:
         """Replace the value; the stored tensor keeps its place in memory."""
+        if value is state[self.key]:
+            return
         if self.block:
             code, scale = encode(value.sqrt() if self.root else value, signed=not self.root, block=self.block)
             state[self.key].copy_(code)

@@ -25,6 +25,7 @@ from lowmem_compile.optim.projector import Side
 
 if TYPE_CHECKING:
     from lowmem_compile.optim.base import LowRankOptimizer
+    from lowmem_compile.optim.fused import Fused
 
 _OWNERS: Any = WeakTensorKeyDictionary()
 
@@ -120,9 +121,15 @@ def tap_or_reason(param: Tensor) -> Tap | str | None:
         return None
     if len(owners) > 1:
         return "two optimizers hold the parameter, and each has its own projector"
-    if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+    if owners[0].fusion.foreign_hooks(param):
         return "the parameter has hooks on its gradient, which have to see it whole"
     return owners[0].tap(param)
+
+
+def fused_or_none(param: Tensor) -> Fused | str | None:
+    """How a graph is to update a parameter in its backward pass; why its gradient must come out; or ``None`` if it need not."""
+    owners = owners_of(param)
+    return owners[0].fusion.of_parameter(param) if len(owners) == 1 else None
 
 
 def state_bytes(param: Tensor) -> int:

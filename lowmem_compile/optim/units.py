@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowmem_compile.optim.moments import Rates
 from lowmem_compile.optim.projector import Factors, Plan, make_plan, plan_matrix
 from lowmem_compile.optim.slots import Slot, State
 
@@ -80,6 +81,8 @@ class Work:
         factors: the projector.
         plan: side and ranks.
         group: the parameter group.
+        rates: those of this step, in a step that is traced into a backward graph.
+        total: sums a number over the ranks that hold rows of the parameter; ``None`` if this one holds all.
     """
 
     param: Tensor
@@ -90,6 +93,8 @@ class Work:
     factors: Factors
     plan: Plan
     group: Group
+    rates: Rates | None = None
+    total: Callable[[Tensor], Tensor] | None = None
 
 
 def units_of(group: Group, number: int, ordinal: int, *, convolutions: bool) -> Iterator[Unit]:
