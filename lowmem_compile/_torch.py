@@ -58,6 +58,7 @@ __all__ = [
     "dynamo_explain",
     "functorch_config",
     "inductor_config",
+    "keep_inputs_whole",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "op_types",
@@ -177,6 +178,17 @@ def dry_run(
     torch._dynamo.reset_code_caches()
     with torch.enable_grad():
         torch.compile(model, backend=backend)(*inputs, **kwargs)
+
+
+def keep_inputs_whole(*ops: Any) -> None:
+    """Let Inductor write a tensor to memory as soon as it is made if one of these operations reads it.
+
+    What is fused with work behind it reads the tensor then, and does not compute it once more.
+    """
+    from torch._inductor.lowering import add_needs_realized_inputs
+
+    for op in ops:
+        add_needs_realized_inputs(op)
 
 
 def own_inductor(observe: Callable[[], None] | None = None) -> Callable[..., Any]:

@@ -22,7 +22,6 @@ from lowmem_compile.kernels.group_codes.codec import Codec, planes
 from lowmem_compile.kernels.group_codes.encode_triton import OPTIONS, constants, encode_tile
 from lowmem_compile.kernels.group_codes.op import allocate
 
-
 FIELDS = tl.constexpr(13)
 """Constants a tensor, in one flat tuple: Triton does not index tuples of tuples."""
 widths = triton.constexpr_function(planes)
@@ -128,7 +127,9 @@ def decode_tile(
 
 
 @triton.jit
-def decode_many_kernel(outs, planes_0, planes_1, planes_2, scales, rows, firsts, SPECS: tl.constexpr, LIMIT: tl.constexpr) -> None:
+def decode_many_kernel(
+    outs, planes_0, planes_1, planes_2, scales, rows, firsts, SPECS: tl.constexpr, LIMIT: tl.constexpr
+) -> None:
     """outs[i][rows[i], width] from its parts; the constants as in ``encode_many_kernel``."""
     program = tl.program_id(0)
     # fmt: off
@@ -191,7 +192,9 @@ def specialised(codecs: Sequence[Codec], width: int, dtype: str, *, decode: bool
     specs = _specs(codecs, [width] * many)
     types: list[Any] = [(f"*{dtype}",) * many, eight, eight, eight, ("*bf16",) * many]
     counts: tuple[str, ...] = ("i64",) * many
-    kernel, constant = (decode_many_kernel, {"SPECS": specs, "LIMIT": 3.3e38}) if decode else (encode_many_kernel, {"SPECS": specs})
+    kernel, constant = (
+        (decode_many_kernel, {"SPECS": specs, "LIMIT": 3.3e38}) if decode else (encode_many_kernel, {"SPECS": specs})
+    )
     types += [counts, ("i32",) * (many + 1)] if decode else [counts, counts, counts, ("i32",) * (many + 1)]
     signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constant)], strict=True))
     aligned = {(i, j): [["tt.divisibility", 16]] for i in range(5) for j in range(many)}

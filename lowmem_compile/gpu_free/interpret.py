@@ -102,6 +102,7 @@ class Sources:
 
     def call(self, wrapper: str, args: tuple[Any, ...]) -> Any:
         """Run a wrapper on CPU tensors."""
+        importlib.import_module("lowmem_compile.kernels.group_codes")  # our operations, which wrappers call by name
         return self.module(on_cpu(wrapper)).call(list(args))
 
     def module(self, source: str) -> types.ModuleType:
