@@ -61,6 +61,7 @@ __all__ = [
     "keep_inputs_whole",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "offer_prologue",
     "op_types",
     "optimization_hint",
     "saved_values_chooser",
@@ -68,6 +69,7 @@ __all__ = [
     "solve_min_cut",
     "trace_structured",
     "unset_fake_temporarily",
+    "uses_templates",
 ]
 
 
@@ -189,6 +191,33 @@ def keep_inputs_whole(*ops: Any) -> None:
 
     for op in ops:
         add_needs_realized_inputs(op)
+
+
+@functools.cache
+def offer_prologue(op: OpOverload) -> None:
+    """Lower an identity to its input, which Inductor may then compute inside the one matrix-product template that reads it.
+
+    That is what Inductor does for ``invoke_quant``; its rule against prologues in float32 is not asked.
+    """
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
+
+    def lower(x: Any) -> Any:
+        x.realize()
+        base = x
+        while not isinstance(base, ir.StorageBox):
+            base = base.data
+        if isinstance(base.data, ir.ComputedBuffer):
+            V.graph.invoke_quant_ops.add(base.data.get_operation_name())
+        return x
+
+    register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def uses_templates() -> bool:
+    """Whether Inductor's autotuner chooses among Triton templates for matrix products in the compile in progress."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm) and bool(inductor_config.prologue_fusion)
 
 
 def own_inductor(observe: Callable[[], None] | None = None) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from lowmem_compile._torch import (
     keep_inputs_whole,
     list_mode_options,
     mode_names,
+    offer_prologue,
     own_tracing_context,
     select_decomp_table,
 )
@@ -144,6 +145,7 @@ def compile_graph(
         )
     gm.recompile()
     keep_inputs_whole(torch.ops.lowmem.encode_many.default)
+    offer_prologue(torch.ops.lowmem.in_prologue.default)
     partitioner = Partitioner(settings, target, entry, watch, args if settings.calibrate else (), updates)
     patches = {**patches, "custom_partitioner_fn": partitioner}
     more: dict[str, Any] = {}

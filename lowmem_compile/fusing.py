@@ -1,8 +1,8 @@
 """What Inductor makes one GPU kernel of, as far as passes have to know: whether a codec's work needs a launch of its own.
 
-A rule on the graph, held to the generated code by ``tests/gpu_free``. Inductor fuses pointwise work with pointwise work on the same
-elements, and a reduction over the last elements of a row with pointwise work beside it. It fuses nothing with a library call (a
-matrix product, attention), nor two reductions over different lengths: the scales of groups, and a norm's statistics over rows.
+A rule on the graph, held to the generated code by ``tests/gpu_free``. Inductor fuses pointwise work with pointwise work on the
+same elements, and a reduction over the last elements of a row with pointwise work beside it. It fuses nothing with a library call
+(a matrix product, attention), nor two reductions over different lengths: the scales of groups, and a norm's statistics over rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from lowmem_compile._torch import OpOverload, op_types
+from lowmem_compile._torch import OpOverload, op_types, uses_templates
 from lowmem_compile.graph import VIEW_OPS, numel, storage_root
 
 REDUCTIONS = frozenset(
@@ -36,6 +36,10 @@ REDUCTIONS = frozenset(
     }
 )
 """Operations that reduce, by name."""
+
+
+PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default})
+"""Matrix products of which Inductor has templates."""
 
 
 @functools.cache
@@ -65,6 +69,15 @@ def decode_is_fused(placeholder: fx.Node) -> bool:
     """
     readers = _through_views(placeholder)
     return any(is_reduction(n) or (is_pointwise(n) and numel(n) <= numel(placeholder)) for n in readers)
+
+
+def decode_is_prologue(placeholder: fx.Node, bits: int) -> bool:
+    """Whether one matrix product alone reads what is decoded, and Inductor may decode as it loads its tiles.
+
+    Up to 8 bits: what takes more, Inductor computes in a kernel before it.
+    """
+    readers = _through_views(placeholder)
+    return bits <= 8 and uses_templates() and len(readers) == 1 and readers[0].target in PRODUCTS
 
 
 def is_pointwise(node: fx.Node) -> bool:

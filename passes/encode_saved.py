@@ -21,7 +21,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -30,7 +30,7 @@ from torch import fx
 from lowmem_compile._torch import OpOverload, select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, retire, view_chain
-from lowmem_compile.fusing import decode_is_fused, encode_is_fused, runs_triton
+from lowmem_compile.fusing import decode_is_fused, decode_is_prologue, encode_is_fused, runs_triton
 from lowmem_compile.graph import (
     insert,
     is_static,
@@ -47,6 +47,7 @@ from lowmem_compile.kernels.group_codes import Codec, codec_named
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
+Decoding = Literal["fused", "own", "in prologue"]
 Traces = dict[tuple[str, Any], fx.GraphModule]
 SMALLEST = 4096
 """Elements; below, two more kernels cost more than the bytes are worth."""
@@ -127,7 +128,7 @@ class EncodeSaved:
         placeholder_of = ctx.facts["placeholder_of"]
         codec = codec_of(ctx, crossing)
         own_encode = has_kernel(codec, value, ctx) and not encode_is_fused(node, codec.bits)
-        encode, decode = coder(codec, value, own_encode=own_encode)
+        encode, _ = coder(codec, value, own_encode=own_encode)
         dtype = value.dtype
         traces: Traces = ctx.facts.setdefault("traces", {})
         key = (codec, tuple(sizes(value)), tuple(value.stride()), dtype)
@@ -154,9 +155,17 @@ class EncodeSaved:
             old = placeholder_of[saved]
             if old.users:
                 chain = view_chain(saved) if node is not saved else []
-                own = has_kernel(codec, value, ctx) and not decode_is_fused(old)
-                named, function = ("own decode", coder(codec, value, own_decode=True)[1]) if own else ("decode", decode)
-                new = spliced(traces, (named, alike), backward, first_reader(old), function, made, like=old, backward=True)
+                how = decoding(codec, value, old, ctx)
+                new = spliced(
+                    traces,
+                    (f"decode {how}", alike),
+                    backward,
+                    first_reader(old),
+                    coder(codec, value, decoded=how)[1],
+                    made,
+                    like=old,
+                    backward=True,
+                )
                 for view in chain:
                     with backward.inserting_before(first_reader(old)):
                         copied = backward.node_copy(view, lambda _, new=new: new)  # type: ignore[misc]
@@ -192,12 +201,19 @@ def has_kernel(codec: Codec, value: torch.Tensor, ctx: Context) -> bool:
     return codec.bits != 16 and not codec.stochastic and isinstance(width, int) and runs_triton(ctx.device)
 
 
+def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:
+    """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles."""
+    if not has_kernel(codec, value, ctx) or decode_is_fused(placeholder):
+        return "fused"
+    return "in prologue" if decode_is_prologue(placeholder, codec.bits) else "own"
+
+
 def coder(
-    codec: Codec, value: torch.Tensor, *, own_encode: bool = False, own_decode: bool = False
+    codec: Codec, value: torch.Tensor, *, own_encode: bool = False, decoded: Decoding = "fused"
 ) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]:
     """Encode and decode for tensors of the shape, strides and dtype of ``value``; rows lie along what is dense in memory.
 
-    ``own_encode``, ``own_decode``: as one operation of ours, in place of the definition.
+    ``own_encode``: as one operation of ours, in place of the definition; ``decoded``: see :func:`decoding`.
     """
     order, tail = memory_order(value), row_dims(value, codec.group)
     back = [order.index(i) for i in range(len(order))]
@@ -213,11 +229,12 @@ def coder(
 
     def decode(*given: torch.Tensor) -> torch.Tensor:
         last = given[0].shape[-1] if dynamic else width
-        if own_decode:
+        if decoded == "own":
             (x,) = torch.ops.lowmem.decode_many(list(given), [codec.bits], [codec.group], [last], dtype)
         else:
             x = codec.decode(given, last, dtype)
-        return (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
+        x = (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
+        return torch.ops.lowmem.in_prologue(x) if decoded == "in prologue" else x
 
     return encode, decode
 

@@ -4,9 +4,9 @@
     after    p, r, s = encode_many([q, k, v])                                                  one
 
 Forward: an encode waits for the next ones until the tensors that are held for it, and that nothing else will read, have more
-bytes than the largest of them has three times. So the queries, keys and values of a layer, dead behind the attention, wait for the
-attention's output, and an input of a norm for the attention of the next layer. Backward: decodes that one operation reads (the
-attention's) are made together, in front of the first of their readers.
+bytes than the largest of them has three times. So the queries, keys and values of a layer, dead behind the attention, wait for
+the attention's output, and an input of a norm for the attention of the next layer. Backward: decodes that one operation reads
+(the attention's) are made together, in front of the first of their readers.
 
 Bytes saved: 0. Fewer launches, each of the least bytes; x is held a little longer in the forward pass, and never to its end.
 Not matched: what Inductor fuses with other work, and devices other than a GPU, where there are no launches.

@@ -3,6 +3,7 @@
 from lowmem_compile.kernels.group_codes.codec import CODECS, Codec, codec_named, group_size, pack_codes, planes, unpack_codes
 from lowmem_compile.kernels.group_codes.many import decode_many, encode_many
 from lowmem_compile.kernels.group_codes.op import encode_groups
+from lowmem_compile.kernels.group_codes.prologue import in_prologue
 
 __all__ = [
     "CODECS",
@@ -12,6 +13,7 @@ __all__ = [
     "encode_groups",
     "encode_many",
     "group_size",
+    "in_prologue",
     "pack_codes",
     "planes",
     "unpack_codes",

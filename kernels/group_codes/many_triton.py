@@ -4,8 +4,8 @@ What a library call writes or reads has no kernel beside it into which Inductor 
 launch of its own (two below 8 bits, and x is read again). These kernels take all such tensors of a layer at once: a program finds
 its tensor by its number, and works on a tile of that one alone.
 
-Shapes: as in ``encode_triton.py``; each tensor has rows, width and codec of its own. Bytes: each tensor and each of its parts once,
-the least there is. Numerics class: the bits of ``Codec.encode`` and ``Codec.decode``; nothing may be contracted.
+Shapes: as in ``encode_triton.py``; each tensor has rows, width and codec of its own. Bytes: each tensor and each of its parts
+once, the least there is. Numerics class: the bits of ``Codec.encode`` and ``Codec.decode``; nothing may be contracted.
 """
 
 from __future__ import annotations

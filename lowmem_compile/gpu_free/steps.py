@@ -2,8 +2,8 @@
 
 *Moved* is Inductor's own count: each buffer that a launch reads or writes, once. A *loop* is a Triton kernel, ours included; the
 rest are library calls (matrix products, attention). The *least* that the loops of a graph can move, given its library calls: what
-a library call made or the graph was given and a loop reads, once; what a loop makes and a library call reads or the graph returns,
-once. All else could stay in registers if one kernel did all the work between two library calls.
+a library call made or the graph was given and a loop reads, once; what a loop makes and a library call reads or the graph
+returns, once. All else could stay in registers if one kernel did all the work between two library calls.
 """
 
 from __future__ import annotations
