@@ -43,7 +43,7 @@ from lowmem_compile.graph import (
     tensor_value,
     trace,
 )
-from lowmem_compile.kernels.group_codes import Codec, codec_named
+from lowmem_compile.kernels.group_codes import Codec, codec_named, in_prologue
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
@@ -234,7 +234,8 @@ def coder(
         else:
             x = codec.decode(given, last, dtype)
         x = (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
-        return torch.ops.lowmem.in_prologue(x) if decoded == "in prologue" else x
+        marked: torch.Tensor = in_prologue(x) if decoded == "in prologue" else x
+        return marked
 
     return encode, decode
 

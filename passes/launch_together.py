@@ -64,7 +64,7 @@ class LaunchTogether:
         dtype = first.args[4:]
         lists: list[list[Any]] = [[value for node in together.nodes for value in node.args[i]] for i in range(4)]  # type: ignore[union-attr]
         with owner.inserting_before(together.before):
-            merged = owner.call_function(first.target, (*lists, *dtype))
+            merged = owner.call_function(ENCODE if together.kind == "encode" else DECODE, (*lists, *dtype))
         merged.meta = {**first.meta, "val": [value for node in together.nodes for value in node.meta["val"]]}
         if "eager_input_vals" in merged.meta:  # the layouts that Inductor gives an operation's inputs
             merged.meta["eager_input_vals"] = fx.map_arg((merged.args, merged.kwargs), lambda n: n.meta["val"])

@@ -153,7 +153,8 @@ def spec(codec: Codec, width: int) -> tuple[Any, ...]:
 def programs(codec: Codec, rows: int, width: int) -> int:
     """Programs that one tensor takes."""
     _, length, group = codec.layout(width)
-    return -(-rows * (length // group) // int(constants(codec, width)["T"]))
+    tile: int = constants(codec, width)["T"]
+    return int(-(-rows * (length // group) // tile))
 
 
 def encode_many(xs: Sequence[torch.Tensor], codecs: Sequence[Codec]) -> list[torch.Tensor]:

@@ -96,7 +96,8 @@ def products(rows: int = 64, width: int = 64, rank: int = 16) -> dict[str, Opera
         codec = codec_named(name)
 
         def decode(*parts: Tensor, codec: Codec = codec) -> Tensor:
-            return in_prologue(codec.decode(parts, width, DTYPE))
+            marked: Tensor = in_prologue(codec.decode(parts, width, DTYPE))
+            return marked
 
         def gradient(dy: Tensor, *parts: Tensor, decode: Callable[..., Tensor] = decode) -> Tensor:
             return dy.t() @ decode(*parts)

@@ -84,7 +84,7 @@ class Eager(TorchDispatchMode):
     """Counts what eager PyTorch launches: each operation reads its inputs and writes its results, views excepted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,7 +105,8 @@ def _sizes(value: Any) -> dict[str, int]:
 
 def eager(model: nn.Module, x: torch.Tensor) -> list[Step]:
     """The launches of a training step of eager PyTorch; the model and x may be fake."""
-    with Eager() as counted:
+    counted = Eager()
+    with counted:
         loss_of(model(x)).backward()
     return counted.steps
 

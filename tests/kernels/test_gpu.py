@@ -206,7 +206,7 @@ def test_the_pipeline_launches_them() -> None:
     from lowmem_compile.gpu_free.blocks import example, model
 
     net, x = model("vit", 1), example()
-    grads = {}
+    grads: dict[str, list[Tensor]] = {}
     for device in ("cpu", DEVICE):
         torch.compiler.reset()
         net, leaf = net.to(device), x.detach().to(device).requires_grad_()
@@ -214,8 +214,8 @@ def test_the_pipeline_launches_them() -> None:
         y = torch.compile(net, backend="lowmem", options={"strict": True})(leaf)
         with torch.profiler.profile() as profile:
             y.square().mean().backward()
-        grads[device] = [leaf.grad, *(p.grad for n, p in net.named_parameters() if not n.endswith("attention.k.bias"))]
-        grads[device] = [g.detach().cpu().double() for g in grads[device] if g is not None]
+        found = [leaf.grad, *(p.grad for n, p in net.named_parameters() if not n.endswith("attention.k.bias"))]
+        grads[device] = [g.detach().cpu().double() for g in found if g is not None]
     assert any("decode_many" in event.name for event in profile.events())
     for got, want in zip(grads[DEVICE], grads["cpu"], strict=True):
         assert ((got - want).norm() / want.norm()) < 0.03  # attention of another library, and a code may fall to either side

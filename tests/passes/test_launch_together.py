@@ -73,7 +73,7 @@ def on_gpu(model: Callable[..., Any], **options: Any) -> Graphs:
 
 def calls(graph: fx.Graph, target: Any) -> list[list[int]]:
     """The bits of the tensors of each encode or decode."""
-    return [list(n.args[1]) for n in graph.nodes if n.target is target]  # type: ignore[arg-type]
+    return [list(n.args[1]) for n in graph.nodes if n.target is target]
 
 
 def tokens() -> Tensor:
