@@ -33,6 +33,7 @@ from lowmem_compile.kernels.gated_codes import forward_triton as gated
 from lowmem_compile.kernels.gated_codes import gated_reference
 from lowmem_compile.kernels.group_codes import codec_named
 from lowmem_compile.kernels.group_codes import encode_triton as groups
+from lowmem_compile.kernels.group_codes import many_triton as many
 from lowmem_compile.optim import APOLLO, COAP, Fira, Flora, GaLore, LowRankOptimizer, report
 
 Row = dict[str, Any]
@@ -76,6 +77,13 @@ def cases() -> dict[str, Case]:
         lambda a, b: (gated_reference(a, b, "silu"), *codec.encode(a), *codec.encode(b)),
         2,
         gated.gated_codes_kernel,
+    )
+    several = [codec_named(name) for name in ("int10", "int10", "int8", "int8", "int8")]
+    made["encode five, int10 and int8"] = Case(
+        lambda *xs: many.encode_many(xs, several),
+        lambda *xs: tuple(part for x, c in zip(xs, several, strict=True) for part in c.encode(x)),
+        len(several),
+        many.encode_many_kernel,
     )
     return made
 
@@ -278,18 +286,18 @@ def _peak(device: str, *, reset: bool = False) -> int:
 
 
 def models(device: str = "cuda", layers: int = 4, repeats: int = 20) -> Iterator[Row]:
-    """Step time and peak of small transformers: eager, Inductor, lowmem."""
-    from lowmem_compile.gpu_free.blocks import BLOCKS, WIDTH, model
+    """Step time and peak of a few layers of published sizes: eager, Inductor, lowmem."""
+    from lowmem_compile.gpu_free.blocks import REAL, model
 
-    x = torch.randn(64, 512, WIDTH, device=device, dtype=DTYPE)
-    for kind in BLOCKS:
+    for name, (kind, size) in REAL.items():
+        x = torch.randn(size.batch, size.tokens, size.width, device=device, dtype=DTYPE)
         for backend in ("eager", "inductor", "lowmem"):
             torch.compiler.reset()
             torch.manual_seed(0)
-            net = model(kind, layers).to(device, DTYPE)
+            net = model(kind, layers, size).to(device, DTYPE)
             call = net if backend == "eager" else torch.compile(net, backend=backend)
 
-            def step(net: nn.Module = net, call: Callable[..., Any] = call) -> None:
+            def step(net: nn.Module = net, call: Callable[..., Any] = call, x: Tensor = x) -> None:
                 net.zero_grad()
                 call(x).float().square().mean().backward()
 
@@ -300,7 +308,7 @@ def models(device: str = "cuda", layers: int = 4, repeats: int = 20) -> Iterator
             _peak(device, reset=True)
             times = [_timed(step, device) for _ in range(repeats)]
             peak = _peak(device) - start
-            yield {"model": kind, "layers": layers, "backend": backend, "step_ms": statistics.median(times), "peak_bytes": peak}
+            yield {"model": name, "layers": layers, "backend": backend, "step_ms": statistics.median(times), "peak_bytes": peak}
 
 
 # The page

@@ -58,8 +58,10 @@ __all__ = [
     "dynamo_explain",
     "functorch_config",
     "inductor_config",
+    "keep_inputs_whole",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "offer_prologue",
     "op_types",
     "optimization_hint",
     "saved_values_chooser",
@@ -67,6 +69,7 @@ __all__ = [
     "solve_min_cut",
     "trace_structured",
     "unset_fake_temporarily",
+    "uses_templates",
 ]
 
 
@@ -177,6 +180,44 @@ def dry_run(
     torch._dynamo.reset_code_caches()
     with torch.enable_grad():
         torch.compile(model, backend=backend)(*inputs, **kwargs)
+
+
+def keep_inputs_whole(*ops: Any) -> None:
+    """Let Inductor write a tensor to memory as soon as it is made if one of these operations reads it.
+
+    What is fused with work behind it reads the tensor then, and does not compute it once more.
+    """
+    from torch._inductor.lowering import add_needs_realized_inputs
+
+    for op in ops:
+        add_needs_realized_inputs(op)
+
+
+@functools.cache
+def offer_prologue(op: OpOverload) -> None:
+    """Lower an identity to its input, which Inductor may then compute inside the one matrix-product template that reads it.
+
+    That is what Inductor does for ``invoke_quant``; its rule against prologues in float32 is not asked.
+    """
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
+
+    def lower(x: Any) -> Any:
+        x.realize()
+        base = x
+        while not isinstance(base, ir.StorageBox):
+            base = base.data
+        if isinstance(base.data, ir.ComputedBuffer):
+            V.graph.invoke_quant_ops.add(base.data.get_operation_name())
+        return x
+
+    register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def uses_templates() -> bool:
+    """Whether Inductor's autotuner chooses among Triton templates for matrix products in the compile in progress."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm) and bool(inductor_config.prologue_fusion)
 
 
 def own_inductor(observe: Callable[[], None] | None = None) -> Callable[..., Any]:

@@ -20,8 +20,10 @@ from lowmem_compile._torch import (
     StableDecompositions,
     compile_fx,
     copy_dynamo_module,
+    keep_inputs_whole,
     list_mode_options,
     mode_names,
+    offer_prologue,
     own_tracing_context,
     select_decomp_table,
 )
@@ -52,6 +54,7 @@ class Watch:
 
     observe: Callable[[Entry, Candidates], None] | None = None
     curve: bool = False
+    device: str | None = None
 
 
 def lowmem(
@@ -63,6 +66,7 @@ def lowmem(
     inner_compile: Callable[..., Any] | None = None,
     observe: Callable[[Entry, Candidates], None] | None = None,
     curve: bool = False,
+    device: str | None = None,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph: rewrite it so that less is kept for the backward pass, then hand it to Inductor.
 
@@ -74,6 +78,7 @@ def lowmem(
         inner_compile: replaces Inductor's code generation (dry runs and graph-level tests); turns its caches off.
         curve: collect for the report what budgets would give, Inductor's own too.
         observe: called with the partitions of the graph when they were made; not called when a cache answers.
+        device: what code is generated for, if that is not where the tensors are; passes choose kernels by it.
 
     Raises:
         OptionError: unknown or ill-typed option, unknown mode; before anything is traced.
@@ -90,7 +95,7 @@ def lowmem(
         graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput], planned: Sequence[Planned]
     ) -> Callable[..., Any]:
         return compile_graph(
-            graph, inputs, args, taps, planned, settings, dict(patches), inner_compile, Watch(observe, curve=curve)
+            graph, inputs, args, taps, planned, settings, dict(patches), inner_compile, Watch(observe, curve, device)
         )
 
     if may_tap(settings) and not updates and parameter_positions(example_inputs):
@@ -131,7 +136,8 @@ def compile_graph(
     recorder = entry.recorder
     device = next((i.device.type for i in args if isinstance(i, torch.Tensor)), "cpu")
     facts = {**dynamo_facts(gm, args, device, entry), "taps": taps}
-    ctx = Context(options=settings, device=device, facts=facts)
+    target = watch.device or device
+    ctx = Context(options=settings, device=target, facts=facts)
     recorder.dump("dynamo", gm)
     untouched = copy_dynamo_module(gm) if settings.report and entry.training else None
     if run_stage(Stage.DYNAMO, gm, ctx, recorder) and untouched is not None:
@@ -139,7 +145,9 @@ def compile_graph(
             count_baseline, untouched, list(inputs), patches, ambient_autocast(device), curve=watch.curve
         )
     gm.recompile()
-    partitioner = Partitioner(settings, device, entry, watch, args if settings.calibrate else (), updates)
+    keep_inputs_whole(torch.ops.lowmem.encode_many.default)
+    offer_prologue(torch.ops.lowmem.in_prologue.default)
+    partitioner = Partitioner(settings, target, entry, watch, args if settings.calibrate else (), updates)
     patches = {**patches, "custom_partitioner_fn": partitioner}
     more: dict[str, Any] = {}
     if inner_compile is not None:

@@ -23,6 +23,7 @@ from lowmem_compile.passes.embedding_gradient import EmbeddingGradient
 from lowmem_compile.passes.encode_saved import EncodeSaved
 from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
 from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
+from lowmem_compile.passes.launch_together import LaunchTogether
 from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.projection_taps import ProjectionTaps
@@ -48,6 +49,7 @@ PASSES: tuple[Pass, ...] = (
     RecomputeSaved(),  # before the codecs: what it reads may be kept as codes
     PackMasks(),
     EncodeSaved(),
+    LaunchTogether(),  # what encode_saved made
 )
 
 

@@ -4,7 +4,9 @@
     after    forward returns q: i8[..., D], s: bf16[..., D/g];  backward: x̃ = q · s, where x is read
 
 Encode stands right behind the producer of x and decode right before its first reader, so Inductor fuses both and the wide
-tensor lives no longer than in the forward and backward work that reads it. Formats: ``kernels/group_codes``.
+tensor lives no longer than in the forward and backward work that reads it. Formats: ``kernels/group_codes``. On a GPU an encode
+or a decode that Inductor could fuse with nothing (:mod:`lowmem_compile.fusing`) is ``lowmem::encode_many`` or
+``lowmem::decode_many``: one kernel of ours, which ``launch_together`` shares with its neighbours.
 
 Bytes saved: N·itemsize − N·b/8 − 2·N/g for each storage kept.
 Kept exact: tensors whose error backward would amplify (:mod:`lowmem_compile.sensitivity`), statistics, weight copies, what the
@@ -19,7 +21,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -28,6 +30,7 @@ from torch import fx
 from lowmem_compile._torch import OpOverload, select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, retire, view_chain
+from lowmem_compile.fusing import decode_is_fused, decode_is_prologue, encode_is_fused, runs_triton
 from lowmem_compile.graph import (
     insert,
     is_static,
@@ -40,10 +43,11 @@ from lowmem_compile.graph import (
     tensor_value,
     trace,
 )
-from lowmem_compile.kernels.group_codes import Codec, codec_named
+from lowmem_compile.kernels.group_codes import Codec, codec_named, in_prologue
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
+Decoding = Literal["fused", "own", "in prologue"]
 Traces = dict[tuple[str, Any], fx.GraphModule]
 SMALLEST = 4096
 """Elements; below, two more kernels cost more than the bytes are worth."""
@@ -123,14 +127,15 @@ class EncodeSaved:
         value = tensor_value(node)
         placeholder_of = ctx.facts["placeholder_of"]
         codec = codec_of(ctx, crossing)
-        encode, decode = coder(codec, value)
+        own_encode = has_kernel(codec, value, ctx) and not encode_is_fused(node, codec.bits)
+        encode, _ = coder(codec, value, own_encode=own_encode)
         dtype = value.dtype
         traces: Traces = ctx.facts.setdefault("traces", {})
         key = (codec, tuple(sizes(value)), tuple(value.stride()), dtype)
         alike = key if all(isinstance(n, int) for n in (*key[1], *key[2])) else None
         parts = spliced(
             traces,
-            ("encode", alike),
+            ("own encode" if own_encode else "encode", alike),
             graph,
             behind(node),
             encode,
@@ -150,7 +155,17 @@ class EncodeSaved:
             old = placeholder_of[saved]
             if old.users:
                 chain = view_chain(saved) if node is not saved else []
-                new = spliced(traces, ("decode", alike), backward, first_reader(old), decode, made, like=old, backward=True)
+                how = decoding(codec, value, old, ctx)
+                new = spliced(
+                    traces,
+                    (f"decode {how}", alike),
+                    backward,
+                    first_reader(old),
+                    coder(codec, value, decoded=how)[1],
+                    made,
+                    like=old,
+                    backward=True,
+                )
                 for view in chain:
                     with backward.inserting_before(first_reader(old)):
                         copied = backward.node_copy(view, lambda _, new=new: new)  # type: ignore[misc]
@@ -180,10 +195,26 @@ def _useless(codec: Codec, value: torch.Tensor) -> Decline | None:
     return None
 
 
+def has_kernel(codec: Codec, value: torch.Tensor, ctx: Context) -> bool:
+    """Whether a kernel of ours writes and reads these codes: static rows, rounded to nearest, a GPU, and Triton."""
+    _, width = rows_and_width(value, codec.group)
+    return codec.bits != 16 and not codec.stochastic and isinstance(width, int) and runs_triton(ctx.device)
+
+
+def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:
+    """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles."""
+    if not has_kernel(codec, value, ctx) or decode_is_fused(placeholder):
+        return "fused"
+    return "in prologue" if decode_is_prologue(placeholder, codec.bits) else "own"
+
+
 def coder(
-    codec: Codec, value: torch.Tensor
+    codec: Codec, value: torch.Tensor, *, own_encode: bool = False, decoded: Decoding = "fused"
 ) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]:
-    """Encode and decode for tensors of the shape, strides and dtype of ``value``; rows lie along what is dense in memory."""
+    """Encode and decode for tensors of the shape, strides and dtype of ``value``; rows lie along what is dense in memory.
+
+    ``own_encode``: as one operation of ours, in place of the definition; ``decoded``: see :func:`decoding`.
+    """
     order, tail = memory_order(value), row_dims(value, codec.group)
     back = [order.index(i) for i in range(len(order))]
     dtype, rows = value.dtype, [value.shape[d] for d in order]
@@ -191,12 +222,20 @@ def coder(
     dynamic = not isinstance(width, int)
 
     def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return codec.encode(merge(x.permute(order), tail))
+        x = merge(x if order == sorted(order) else x.permute(order), tail)
+        if own_encode:
+            return tuple(torch.ops.lowmem.encode_many([x], [codec.bits], [codec.group], [codec.keep_zero]))
+        return codec.encode(x)
 
     def decode(*given: torch.Tensor) -> torch.Tensor:
         last = given[0].shape[-1] if dynamic else width
-        x = codec.decode(given, last, dtype)
-        return (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
+        if decoded == "own":
+            (x,) = torch.ops.lowmem.decode_many(list(given), [codec.bits], [codec.group], [last], dtype)
+        else:
+            x = codec.decode(given, last, dtype)
+        x = (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
+        marked: torch.Tensor = in_prologue(x) if decoded == "in prologue" else x
+        return marked
 
     return encode, decode
 

@@ -25,7 +25,7 @@ from lowmem_compile.kernels.group_codes.op import allocate
 OPTIONS: Mapping[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 """With a fused multiply-add, x·(1/s) would be rounded once with the rounding to an integer, and ties would differ."""
 TILE = 1024
-"""Elements a program takes of each run."""
+"""Elements a program takes of each run of up to four, half as many of eight: the codes of all runs are in registers at once."""
 ROUNDER = 1.5 * 2**23
 """v + ROUNDER − ROUNDER is v rounded to an integer, half to even, for |v| < 2²²."""
 
@@ -133,6 +133,56 @@ def store_codes(
 
 
 @triton.jit
+def encode_tile(
+    program,
+    x,
+    planes_0,
+    planes_1,
+    planes_2,
+    scales,
+    seed,
+    rows,
+    width,
+    row_stride,
+    stride,
+    run_width,
+    LENGTH,
+    BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    RUNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    T: tl.constexpr,
+    G: tl.constexpr,
+    LARGEST: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ROUNDER: tl.constexpr,
+    KEEP_ZERO: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+) -> None:
+    """T groups of each run of x[rows, width], those of the program-th tile."""
+    groups = LENGTH // GROUP
+    which = program.to(tl.int64) * T + tl.arange(0, T)[:, None]
+    row = which // groups
+    place = which % groups
+    lane = tl.arange(0, G)[None, :]
+    inner = place * GROUP + lane
+    valid = row < rows
+    inside = valid & (lane < GROUP)
+    codes = ()
+    # fmt: off
+    for run in tl.static_range(RUNS):
+        column = inner + run * run_width
+        here = inside & (inner < run_width) & (column < width)
+        value = tl.load(x + row * row_stride + column * stride, mask=here, other=0.0).to(tl.float32)
+        code = encode_run(value, run, valid, row, place, scales, seed, LENGTH, RUNS, GROUP, G,
+                          LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+        codes = codes + (code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
+    # fmt: on
+    store_codes(codes, inside, row, inner, planes_0, planes_1, planes_2, LENGTH, BITS, WIDTHS, RUNS, LARGEST)
+
+
+@triton.jit
 def encode_kernel(
     x,
     planes_0,
@@ -159,26 +209,11 @@ def encode_kernel(
     KEEP_ZERO: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ) -> None:
-    """T groups of each run of x[rows, width]."""
-    groups = LENGTH // GROUP
-    which = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None]
-    row = which // groups
-    place = which % groups
-    lane = tl.arange(0, G)[None, :]
-    inner = place * GROUP + lane
-    valid = row < rows
-    inside = valid & (lane < GROUP)
-    codes = ()
+    """Codes of one tensor, x[rows, width]."""
     # fmt: off
-    for run in tl.static_range(RUNS):
-        column = inner + run * run_width
-        here = inside & (inner < run_width) & (column < width)
-        value = tl.load(x + row * row_stride + column * stride, mask=here, other=0.0).to(tl.float32)
-        code = encode_run(value, run, valid, row, place, scales, seed, LENGTH, RUNS, GROUP, G,
-                          LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
-        codes = codes + (code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
+    encode_tile(tl.program_id(0), x, planes_0, planes_1, planes_2, scales, seed, rows, width, row_stride, stride, run_width,
+                LENGTH, BITS, WIDTHS, RUNS, GROUP, T, G, LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
     # fmt: on
-    store_codes(codes, inside, row, inner, planes_0, planes_1, planes_2, LENGTH, BITS, WIDTHS, RUNS, LARGEST)
 
 
 def constants(codec: Codec, width: int) -> dict[str, Any]:
@@ -191,7 +226,7 @@ def constants(codec: Codec, width: int) -> dict[str, Any]:
         "WIDTHS": planes(codec.bits),
         "RUNS": runs,
         "GROUP": group,
-        "T": max(TILE // power, 1),
+        "T": max(TILE // (power if runs < 8 else 2 * power), 1),
         "G": power,
         "LARGEST": float(codec.largest),
         "FACTOR": up / codec.largest,

@@ -1,26 +1,64 @@
 """Small transformers of three kinds, written by hand: what the proofs without a GPU run.
 
-Shapes: x [B, S, D] in, the same out; D is ``WIDTH``. Two heads share a key and a value head in the LLaMA-like one.
+Shapes: x [B, S, D] in, the same out. In the small LLaMA-like one two heads share a key and a value head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTH, HEADS, SHAPE = 128, 4, (2, 32, 128)
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a model and its batch.
+
+    Attributes:
+        width: D.
+        heads: of the queries.
+        kv_heads: of keys and values.
+        hidden: width of the MLP.
+        batch: B.
+        tokens: S.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    batch: int
+    tokens: int
+
+
+WIDTH = 128
+SMALL: Mapping[str, Size] = {
+    "vit": Size(WIDTH, 4, 4, 4 * WIDTH, 2, 32),
+    "llama": Size(WIDTH, 4, 2, 3 * WIDTH, 2, 32),
+    "bert": Size(WIDTH, 4, 4, 4 * WIDTH, 2, 32),
+}
+"""What the interpreter can run, by kind of block."""
+REAL: Mapping[str, tuple[str, Size]] = {
+    "ViT-B": ("vit", Size(768, 12, 12, 3072, 64, 197)),
+    "LLaMA-7B": ("llama", Size(4096, 32, 32, 11008, 2, 2048)),
+    "RoBERTa-base": ("bert", Size(768, 12, 12, 3072, 32, 512)),
+}
+"""Kind of block and sizes of published models, by name."""
 
 
 class Attention(nn.Module):
-    """Self-attention with ``kv_heads`` key and value heads."""
+    """Self-attention."""
 
-    def __init__(self, kv_heads: int, *, bias: bool, causal: bool) -> None:
+    def __init__(self, size: Size, *, bias: bool, causal: bool) -> None:
         super().__init__()
-        self.size, self.causal = WIDTH // HEADS, causal
-        self.q = nn.Linear(WIDTH, WIDTH, bias=bias)
-        self.k, self.v = (nn.Linear(WIDTH, kv_heads * self.size, bias=bias) for _ in range(2))
-        self.out = nn.Linear(WIDTH, WIDTH, bias=bias)
+        width = size.width
+        self.size, self.causal = width // size.heads, causal
+        self.q = nn.Linear(width, width, bias=bias)
+        self.k, self.v = (nn.Linear(width, size.kv_heads * self.size, bias=bias) for _ in range(2))
+        self.out = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for f in (self.q, self.k, self.v))
@@ -32,9 +70,9 @@ class Attention(nn.Module):
 class RMSNorm(nn.Module):
     """As LLaMA's code writes it: the statistic in float32, the result in x's dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -44,11 +82,11 @@ class RMSNorm(nn.Module):
 class ViTBlock(nn.Module):
     """LayerNorm before attention and a GELU MLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention(HEADS, bias=True, causal=False)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm1, self.norm2 = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
+        self.attention = Attention(size, bias=True, causal=False)
+        self.up, self.down = nn.Linear(size.width, size.hidden), nn.Linear(size.hidden, size.width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -59,12 +97,12 @@ class ViTBlock(nn.Module):
 class LlamaBlock(nn.Module):
     """RMSNorm before causal grouped-query attention and a SwiGLU MLP; no biases."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(), RMSNorm()
-        self.attention = Attention(HEADS // 2, bias=False, causal=True)
-        self.gate, self.up = (nn.Linear(WIDTH, 3 * WIDTH, bias=False) for _ in range(2))
-        self.down = nn.Linear(3 * WIDTH, WIDTH, bias=False)
+        self.norm1, self.norm2 = RMSNorm(size.width), RMSNorm(size.width)
+        self.attention = Attention(size, bias=False, causal=True)
+        self.gate, self.up = (nn.Linear(size.width, size.hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(size.hidden, size.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -76,11 +114,11 @@ class LlamaBlock(nn.Module):
 class BertBlock(nn.Module):
     """LayerNorm behind attention and behind a GELU MLP."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention(HEADS, bias=True, causal=False)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm1, self.norm2 = nn.LayerNorm(size.width), nn.LayerNorm(size.width)
+        self.attention = Attention(size, bias=True, causal=False)
+        self.up, self.down = nn.Linear(size.width, size.hidden), nn.Linear(size.hidden, size.width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x + self.attention(x))
@@ -91,11 +129,13 @@ class BertBlock(nn.Module):
 BLOCKS: dict[str, type[nn.Module]] = {"vit": ViTBlock, "llama": LlamaBlock, "bert": BertBlock}
 
 
-def model(kind: str, layers: int = 2) -> nn.Sequential:
-    """``layers`` blocks and a linear layer behind them."""
-    return nn.Sequential(*(BLOCKS[kind]() for _ in range(layers)), nn.Linear(WIDTH, WIDTH))
+def model(kind: str, layers: int = 2, size: Size | None = None) -> nn.Sequential:
+    """``layers`` blocks and a linear layer behind them; small without a size."""
+    size = size or SMALL[kind]
+    return nn.Sequential(*(BLOCKS[kind](size) for _ in range(layers)), nn.Linear(size.width, size.width))
 
 
-def example(dtype: torch.dtype = torch.float32) -> Tensor:
+def example(dtype: torch.dtype = torch.float32, size: Size | None = None) -> Tensor:
     """An input of the models, differentiable."""
-    return torch.randn(SHAPE, dtype=dtype).requires_grad_()
+    size = size or SMALL["vit"]
+    return torch.randn(size.batch, size.tokens, size.width, dtype=dtype).requires_grad_()

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from lowmem_compile._torch import (
+    FakeTensor,
     FakeTensorMode,
     code_generation,
     compile_fx,
@@ -28,11 +29,15 @@ from lowmem_compile._torch import (
     detect_fake_mode,
     inductor_config,
 )
+from lowmem_compile.gpu_free.steps import Step, steps_of
 from lowmem_compile.gpu_free.stub import stub_device
 
 DEVICE = torch.device("cuda", 0)
 KERNEL = re.compile(r"async_compile\.triton\('([^']+)', '''(.*?)''', device_str='cuda'", re.DOTALL)
 EXTERN = re.compile(r"(?:extern_kernels\.(\w+)|torch\.ops\.(\w+\.\w+)\.\w+)\(")
+CALL = re.compile(r"^\s+(?:(\w+)\.run|\w+ = torch\.ops\.(\w+\.\w+)\.\w+)\(", re.MULTILINE)
+OWN = {"lowmem.encode_many": "encode_many_kernel", "lowmem.decode_many": "decode_many_kernel"}
+"""Our operations that launch one Triton function each."""
 
 
 class Runs(Protocol):
@@ -48,10 +53,12 @@ class Code:
     Attributes:
         kind: ``"forward"``, ``"backward"`` or ``"inference"``.
         source: Inductor's wrapper, Python.
+        steps: its launches, with the bytes that each moves as Inductor counts them from shapes.
     """
 
     kind: str
     source: str
+    steps: tuple[Step, ...] = ()
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -60,14 +67,15 @@ class Code:
 
     @property
     def launches(self) -> list[str]:
-        """The Triton kernels in the order in which one call launches them, repeats included."""
-        called = re.findall(r"^\s+(\w+)\.run\(", self.source, re.MULTILINE)
-        return [name for name in called if name in self.kernels]
+        """The Triton kernels in the order in which one call launches them, repeats included; ours by the function's name."""
+        called = [a or OWN.get(b, "") for a, b in CALL.findall(self.source)]
+        return [name for name in called if name in self.kernels or name in OWN.values()]
 
     @property
     def extern(self) -> list[str]:
         """The library calls of the wrapper, in order."""
-        return [a or b for a, b in EXTERN.findall(self.source) if b != "inductor._reinterpret_tensor"]
+        found = [a or b for a, b in EXTERN.findall(self.source)]
+        return [name for name in found if name != "inductor._reinterpret_tensor" and name not in OWN]
 
 
 @dataclass
@@ -102,11 +110,12 @@ def generate(
     inner: Any = functools.partial(_inner, generated.codes, worker)
 
     def call_backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        if worker is not None and any(isinstance(i, FakeTensor) for i in example_inputs):
+            raise ValueError("fake tensors have no data that a worker could run on")
         with inductor_config.patch(compile_threads=1, force_disable_caches=True):
             if backend == "lowmem":
-                return lowmem(
-                    gm, example_inputs, options={"report": False, "strict": True, **(options or {})}, inner_compile=inner
-                )
+                given = {"report": False, "strict": True, **(options or {})}
+                return lowmem(gm, example_inputs, options=given, inner_compile=inner, device=DEVICE.type)
             return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(options or {}))
 
     generated.call = torch.compile(model, backend=call_backend)
@@ -117,8 +126,8 @@ def _inner(
     codes: list[Code], worker: Runs | None, gm: fx.GraphModule, _example_inputs: Sequence[Any], **kwargs: Any
 ) -> Callable[..., Any]:
     kind = "backward" if kwargs.get("is_backward") else ("inference" if kwargs.get("is_inference") else "forward")
-    source = wrapper_source(gm, **kwargs)
-    codes.append(Code(kind, source))
+    source, steps = wrapper_source(gm, **kwargs)
+    codes.append(Code(kind, source, steps))
 
     def run(args: list[Any]) -> Any:
         given = list(args)
@@ -129,16 +138,16 @@ def _inner(
     return run
 
 
-def wrapper_source(gm: fx.GraphModule, **kwargs: Any) -> str:
+def wrapper_source(gm: fx.GraphModule, **kwargs: Any) -> tuple[str, tuple[Step, ...]]:
     """The wrapper that Inductor generates for an ATen graph traced on the CPU, as if its tensors were on the stub."""
     private = code_generation()
     kept = {k: v for k, v in kwargs.items() if k not in ("cudagraphs", "boxed_forward_device_index")}
     moved, inputs = on_stub(gm)
-    sources: list[str] = []
+    found: list[tuple[str, tuple[Step, ...]]] = []
 
     def keep(lowering: Any) -> types.SimpleNamespace:
         code = lowering.codegen()[0]
-        sources.append(getattr(code, "value", code))
+        found.append((getattr(code, "value", code), steps_of(lowering)))
         lowering.cache_key, lowering.cache_path, lowering.cache_linemap = "stub", "/dev/null", []
         return types.SimpleNamespace(call=None, __file__="/dev/null", key="stub")
 
@@ -150,8 +159,8 @@ def wrapper_source(gm: fx.GraphModule, **kwargs: Any) -> str:
         compile_fx_inner(moved, inputs, **kept)
     if outer is not None and outer.output_strides is not None:
         outer.output_strides.extend(own.output_strides)  # the backward is compiled for the layouts that the forward chose
-    (source,) = sources
-    return source
+    ((source, steps),) = found
+    return source, steps
 
 
 def on_stub(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:

@@ -1,8 +1,8 @@
 """The process that interprets: see :mod:`.worker`, which starts it.
 
-Triton's interpreter falls short of a GPU in three places, mended here: libdevice's functions are missing (numpy's stand in),
-float32 → bfloat16 truncates (every GPU rounds to nearest even), and a reduction with a function of its own takes a Python call
-an element (here: one a level of a tree).
+Triton's interpreter falls short of a GPU in four places, mended here: libdevice's functions are missing (numpy's stand in),
+float32 → bfloat16 truncates (every GPU rounds to nearest even), a matrix product takes the bits of bfloat16 for numbers, and a
+reduction with a function of its own takes a Python call an element (here: one a level of a tree).
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class Sources:
 
     def call(self, wrapper: str, args: tuple[Any, ...]) -> Any:
         """Run a wrapper on CPU tensors."""
+        importlib.import_module("lowmem_compile.kernels.group_codes")  # our operations, which wrappers call by name
         return self.module(on_cpu(wrapper)).call(list(args))
 
     def module(self, source: str) -> types.ModuleType:
@@ -207,6 +208,7 @@ def _mend() -> None:
     private.triton_helpers.libdevice = Libdevice()
     builder = interpreter.InterpreterBuilder
     _round_to_bfloat16(interpreter)
+    _multiply_bfloat16(interpreter)
     interpreter.ReduceOps.generic_reduce = _tree_reduce
     counted = Counted(interpreter)
     builder.create_masked_load = counted.load
@@ -240,6 +242,22 @@ def _round_to_bfloat16(interpreter: Any) -> None:
 
     interpreter.InterpreterBuilder.cast_impl = cast
     interpreter.InterpreterBuilder.create_fp_to_fp = convert
+
+
+def _multiply_bfloat16(interpreter: Any) -> None:
+    import triton.language as tl
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        return plain(builder, widened(a), widened(b), total, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 def _tree_reduce(reduction: Any, given: Any) -> list[Any]:

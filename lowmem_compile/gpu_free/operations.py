@@ -5,7 +5,7 @@ Where Inductor moves no more bytes than the inputs and outputs have, there is no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lowmem_compile.kernels.activation_codes.tables import step_table
 from lowmem_compile.kernels.gated_codes import gated_backward_reference, gated_reference
-from lowmem_compile.kernels.group_codes import Codec, codec_named
+from lowmem_compile.kernels.group_codes import Codec, codec_named, in_prologue
 from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
 from lowmem_compile.passes.approximate_activation import SLOPE_RANGE, apply_levels, pack, pack_slope, poison, unpack_slope
 
@@ -72,6 +72,58 @@ def operations() -> dict[str, Operation]:
     made["RMSNorm, x̂ in bf16"] = Operation(lambda x: _norm(x, False), (x,))
     made["LayerNorm backward from x̂"] = Operation(_norm_backward, (g, *_norm(x, True)))
     made["LayerNorm with affine, x̂ in bf16"] = Operation(_affine, (x, weight, torch.randn(WIDTH)))
+    moments = torch.randn(ROWS, WIDTH), torch.rand(ROWS, WIDTH)
+    made["AdamW on a projected gradient, float32 moments"] = Operation(_adamw, (x, *moments, torch.tensor(3.0)))
+    return made
+
+
+TEMPLATES: Mapping[str, Any] = {
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "TRITON",
+    "test_configs.max_mm_configs": 1,
+    "benchmark_epilogue_fusion": False,
+    "autotune_in_subproc": False,
+}
+"""Inductor's configuration for one template a matrix product, in place of a choice by measurement."""
+
+
+def products(rows: int = 64, width: int = 64, rank: int = 16) -> dict[str, Operation]:
+    """Matrix products beside which tensors are encoded or decoded: dY, x [rows, width], W [width, width], R [width, rank]."""
+    dy, x, w = (torch.randn(n, width).to(DTYPE) for n in (rows, rows, width))
+    basis = torch.randn(width, rank).to(DTYPE)
+    made = {}
+    for name in ("int8", "int4", "int10"):
+        codec = codec_named(name)
+
+        def decode(*parts: Tensor, codec: Codec = codec) -> Tensor:
+            marked: Tensor = in_prologue(codec.decode(parts, width, DTYPE))
+            return marked
+
+        def gradient(dy: Tensor, *parts: Tensor, decode: Callable[..., Tensor] = decode) -> Tensor:
+            return dy.t() @ decode(*parts)
+
+        def projected(dy: Tensor, basis: Tensor, *parts: Tensor, decode: Callable[..., Tensor] = decode) -> Tensor:
+            return dy.t() @ (decode(*parts) @ basis)
+
+        def forward(x: Tensor, w: Tensor, codec: Codec = codec) -> tuple[Tensor, ...]:
+            y = x @ w.t()
+            return (y, *codec.encode(y))
+
+        made[f"dYᵀ deq({name})"] = Operation(gradient, (dy, *codec.encode(x)))
+        made[f"dYᵀ (deq({name}) R)"] = Operation(projected, (dy, basis, *codec.encode(x)))
+        made[f"x Wᵀ, encode {name}"] = Operation(forward, (x, w))
+    made["dYᵀ (x R)"] = Operation(lambda dy, x, basis: dy.t() @ (x @ basis), (dy, x, basis))
+    made["GELU(x Wᵀ), 8-bit slope codes"] = Operation(lambda x, w: _slope(x @ w.t())[:2], (x, w))
+    made["(dY W) · slopes of 8 bits"] = Operation(
+        lambda dy, w, codes: ((dy @ w).float() * unpack_slope((codes,), width, *SLOPE_RANGE["gelu"], 8)).to(DTYPE),
+        (dy, w, _slope(x)[1]),
+    )
+    table = step_table("gelu", "derivative", 2)
+    thresholds, levels = tuple(table.thresholds), tuple(table.levels)
+    made["GELU(x Wᵀ), 2-bit step codes"] = Operation(lambda x, w: (F.gelu(h := x @ w.t()), pack(h, thresholds)), (x, w))
+    made["(dY W) · levels of 2 bits"] = Operation(
+        lambda dy, w, codes, bad: apply_levels(dy @ w, codes, bad, levels), (dy, w, pack(x, thresholds), poison(x))
+    )
     return made
 
 
@@ -100,6 +152,15 @@ def _slope(h: Tensor) -> tuple[Tensor, ...]:
 
 def _slope_backward(g: Tensor, codes: Tensor, bad: Tensor) -> Tensor:
     return (g.float() * unpack_slope((codes,), WIDTH, *SLOPE_RANGE["gelu"], 8) + bad).to(g.dtype)
+
+
+def _adamw(grad: Tensor, first: Tensor, second: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments and step of AdamW in the projected space (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+    wide = grad.float()
+    first = 0.9 * first + 0.1 * wide
+    second = 0.999 * second + 0.001 * wide * wide
+    step = first / (1 - 0.9**count) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
+    return first, second, step.to(grad.dtype)
 
 
 def _norm(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:

@@ -192,6 +192,11 @@ REASONS: Final[Mapping[str, Reason]] = {
         "The gradient is summed in the dtype of the weight and is not added to another, so nothing besides it is made.",
         "",
     ),
+    "LM310": Reason(
+        "Nothing to launch it with",
+        "No other encode or decode is near enough to share a launch.",
+        "",
+    ),
     "LM900": Reason(
         "The pass raised an error",
         "The pass stopped with an error, its changes to this graph were dropped, and the graph was compiled without it.",
@@ -261,6 +266,11 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "Embedding gradient summed over the rows that occur",
         "The float32 sum has a row for each index of the batch in place of one for each entry of the vocabulary, or the rows are "
         "added to another gradient in place.",
+        "",
+    ),
+    "launch_together": Reason(
+        "Codes of several tensors in one launch",
+        "On a GPU each of them would have been a kernel launch of its own.",
         "",
     ),
     "pack_masks": Reason(

@@ -164,6 +164,7 @@ def test_the_order_of_the_passes() -> None:
         "recompute_saved",
         "pack_masks",
         "encode_saved",
+        "launch_together",
     ]
     order = ["dynamo", "joint", "backward", "saved"]
     stages = [order.index(p.stage.value) for p in PASSES]
