@@ -28,7 +28,8 @@ from lowmem_compile.demo.models import load
 from lowmem_compile.demo.variants import BASELINE, VARIANTS, Variant, select
 from lowmem_compile.demo.workload import Workload, one_of
 
-SIZES = {"minilm": {"rows": 8, "length": 64}, "smollm2": {"rows": 4, "length": 64}}
+SIZES = {"minilm": (8, 64), "smollm2": (4, 64)}
+"""Rows and length of a batch."""
 HELD_OUT, TRAINED = 20, 100
 """Batches; the trained ones are seen in a new order every epoch."""
 
@@ -106,7 +107,8 @@ def main(
 
 def run(name: str, variant: Variant, seeds: list[int], steps: int, lr: float, output: Path) -> None:
     """Train one model one way, once a seed."""
-    workload = load(name, precision="autocast", batches=TRAINED + HELD_OUT, **SIZES[name])
+    rows, length = SIZES[name]
+    workload = load(name, precision="autocast", batches=TRAINED + HELD_OUT, rows=rows, length=length)
     runner = Runner(variant, workload, lr)
     for seed in seeds:
         before, after = train(workload, runner, lr, steps, seed)
