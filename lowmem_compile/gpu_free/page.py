@@ -272,13 +272,15 @@ generated. Those of lowmem are compiled in the first configuration that Inductor
 """
 MORE = """\
 With its default options lowmem launches one kernel a layer more than Inductor in the forward pass, the encode of what library
-calls and norms read and write, and in the backward pass one, the decode of what the attention reads; with grouped queries two
-more repeat keys and values, which Inductor keeps repeated. Codes of an activation's input are written and read by kernels that
-the model has anyway.
+calls and norms read and write, and one more at the end of the graph for what is left (in the table, a part of the second block
+of the ViT). In the backward pass it launches one a layer more, the decode of what the attention reads, and one for the input of
+the last linear; with grouped queries two more repeat keys and values, which Inductor keeps repeated; the rest is what Inductor
+splits otherwise. Codes of an activation's input are written and read by kernels that the model has anyway.
 
 Inductor's `combo_kernels` (with the threshold above; experimental in torch 2.13) puts independent kernels into one launch, ours
-excepted. It is no default: without the threshold Inductor does not look at memory when it combines, and with it its estimate of
-the peak fails on these graphs (`KeyError` in `compute_memory_timeline`).
+excepted. With it lowmem launches fewer kernels than Inductor does without it. It is no default: without the threshold Inductor
+does not look at memory when it combines, and with it its estimate of the peak fails on these graphs (`KeyError` in
+`compute_memory_timeline`).
 
 Other sizes give other counts: here rows are short, scales are a larger share, and Inductor splits sums differently than in a
 real model.
@@ -290,8 +292,7 @@ operations that are no library calls), *moved* is what they read and write, each
 call made, or the graph was given, and a kernel reads, once; what a kernel makes and a library call reads, or the graph
 returns, once; codes that cross from forward to backward are counted in both. All other traffic would go if one kernel did all
 the work between two library calls, which no fusion can do where that work reduces twice. Time is that of *moved* at an H100's
-bandwidth. No weight is read by these kernels but in the casts and sums of gradients; the library calls' bytes are inputs and
-outputs.
+bandwidth. The library calls' bytes are their inputs and outputs.
 """
 PRODUCTS = """\
 Products of [64, 64] with what encodes or decodes beside them: launches with the library's product, and with Inductor's Triton

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowmem_compile.gpu_free.blocks import BLOCKS, example, model
 from lowmem_compile.gpu_free.generate import generate
 from lowmem_compile.gpu_free.resources import compile_for, of_inductor
+from lowmem_compile.gpu_free.steps import moved
 from lowmem_compile.gpu_free.worker import Worker
 
 pytestmark = pytest.mark.e2e
@@ -55,6 +56,10 @@ def test_default_options(worker: Worker, kind: str, layers: int) -> None:
     assert [launch.kernel for launch in worker.launches] == kernels
     assert len(kernels) > 10 * layers
     assert "i8" in generated.code("forward").source  # int8 codes are written by Inductor's own kernels
+    ours = [kernels.count(name) for name in ("encode_many_kernel", "decode_many_kernel")]
+    assert all(layers <= count <= layers + 1 for count in ours)  # one a layer, and what the ends of the graph leave
+    counted, ran = sum(moved(code.steps) for code in generated.codes), sum(launch.moved for launch in worker.launches)
+    assert ran == pytest.approx(counted, rel=0.02)  # Inductor's count from shapes, and the bytes of the run
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("llama", 1), *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in BLOCKS)])
