@@ -1,8 +1,9 @@
 """Large parameters a piece at a time, so that float32 copies take a few times one piece and not a few times an embedding.
 
 Adam's update of an unprojected parameter is elementwise, so it runs over pieces of the flat parameter; pieces end at the ends of
-8-bit blocks, so results are the same. For a projected matrix, up(N) is added to W in place, or in blocks of rows if W is of another
-dtype, and down goes over blocks of rows: neither the whole gradient in float32 nor the whole update is made (methods that need the whole gradient, refreshes and Flora's base update aside).
+8-bit blocks, so results are the same. For a projected matrix, up(N) is added to W in place, or in blocks of rows if W is of
+another dtype, and down goes over blocks of rows: neither the whole gradient in float32 nor the whole update is made (methods
+that need the whole gradient, refreshes and Flora's base update aside).
 """
 
 from __future__ import annotations
