@@ -232,13 +232,15 @@ def main(
             continue
         options: Any = {"gradients": "exact", "codec": "none"} if backend == "lowmem" else None
         runners.append(Runner(name, torch.compile(mine, backend=backend, options=options), optimizer))
-    bar = tqdm(total=len(runners) * interval * (1 + cycles), mininterval=5, dynamic_ncols=True)
-    for step in range(interval * (1 + cycles)):
+    first = 2 * interval + 1  # before it everything is compiled, and the peaks are taken
+    steps = first + interval * cycles
+    bar = tqdm(total=len(runners) * steps, mininterval=5, dynamic_ncols=True)
+    for step in range(steps):
         for runner in runners:
             bar.set_postfix_str(f"step {step}, {runner.name}", refresh=False)
-            if step in (interval - 1, interval):  # the first cycle compiles, and its end is for the peaks
+            if step in (first - 2, first - 1):
                 runner.peak(ids)
-            elif step < interval or step == interval + 1:
+            elif step < first:
                 runner.step(ids)
             else:
                 runner.timed(ids)
@@ -250,16 +252,15 @@ def main(
 
 
 def report(runners: list[Runner], interval: int, title: str) -> None:
-    """The table; rounds from the second on after the first basis that replaced another."""
+    """The table; of the rounds every ``interval``-th makes a basis."""
     made = Table(title=title)
     for head in ("variant", "ordinary step", "refresh", "average", "ms", "peak", "peak of a refresh"):
         made.add_column(head)
     against = runners[0].seconds
-    first = interval + 2
     for runner in runners:
         ratios = [mine / theirs for mine, theirs in zip(runner.seconds, against, strict=True)]
-        ordinary = statistics.median(r for i, r in enumerate(ratios) if (i + first) % interval)
-        refresh = statistics.median([r for i, r in enumerate(ratios) if not (i + first) % interval] or [ordinary])
+        ordinary = statistics.median(r for i, r in enumerate(ratios) if (i + 1) % interval)
+        refresh = statistics.median([r for i, r in enumerate(ratios) if not (i + 1) % interval] or [ordinary])
         period = PERIOD.get(runner.name.split()[0], OTHERS)
         average = ((period - 1) * ordinary + refresh) / period
         plain, making = map(format_bytes, runner.peaks)
