@@ -256,6 +256,11 @@ def own_tracing_context(example_inputs: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+def profiler_is_on() -> bool:
+    """Whether a profiler of PyTorch's runs; a second one could not."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)
+
+
 def tracing_is_on() -> bool:
     """Whether structured tracing (``TORCH_TRACE``) writes anywhere."""
     from torch._logging._internal import trace_log

@@ -140,6 +140,11 @@ REASONS: Final[Mapping[str, Reason]] = {
         "measured it.",
         "Give a memory_budget: it weighs the error against the bytes.",
     ),
+    "LM222": Reason(
+        "No bound of the integers is proved",
+        "A narrower dtype is taken only where the graph proves that every value fits: nothing is measured.",
+        "",
+    ),
     "LM300": Reason(
         "No fewer bytes in the end",
         "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",
@@ -261,6 +266,16 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "Embedding gradient summed over the rows that occur",
         "The float32 sum has a row for each index of the batch in place of one for each entry of the vocabulary, or the rows are "
         "added to another gradient in place.",
+        "",
+    ),
+    "narrow_integers": Reason(
+        "Integers kept in a narrower dtype",
+        "The graph proves bounds of the integers, and they are kept in the narrowest dtype that holds them.",
+        "",
+    ),
+    "flatten_saved_inputs": Reason(
+        "Input handed over as it is",
+        "A convolution reads the input in another layout; the backward pass gets the input itself, and no copy of it is kept.",
         "",
     ),
     "pack_masks": Reason(
