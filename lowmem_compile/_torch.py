@@ -322,6 +322,11 @@ def compiled_backward(outputs: Any) -> Any:
     return None
 
 
+def profiler_is_on() -> bool:
+    """Whether a profiler of PyTorch's runs; a second one could not."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)
+
+
 def tracing_is_on() -> bool:
     """Whether structured tracing (``TORCH_TRACE``) writes anywhere."""
     from torch._logging._internal import trace_log

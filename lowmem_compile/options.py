@@ -45,8 +45,8 @@ class Options:
         fold_norm_affine: fold a norm's affine into the linears that read it: ``"auto"`` only where it lowers the
             saved bytes, ``"always"`` wherever it is legal, ``"never"``.
         chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
-        codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; ``"int10"`` for queries
-            and keys of a fused attention), ``"none"``,
+        codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; ``"int10"`` for queries,
+            keys, values and outputs of a fused attention), ``"none"``,
             ``"bf16"``, or ``"int10"`` to ``"int3"``, group-wise codes of so many bits.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).

@@ -21,9 +21,11 @@ from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
 from lowmem_compile.passes.embedding_gradient import EmbeddingGradient
 from lowmem_compile.passes.encode_saved import EncodeSaved
+from lowmem_compile.passes.flatten_saved_inputs import FlattenSavedInputs
 from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
 from lowmem_compile.passes.fold_norm_affine import FoldNormAffine
 from lowmem_compile.passes.launch_together import LaunchTogether
+from lowmem_compile.passes.narrow_integers import NarrowIntegers
 from lowmem_compile.passes.norm_from_output import NormFromOutput
 from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.projection_taps import ProjectionTaps
@@ -48,8 +50,10 @@ PASSES: tuple[Pass, ...] = (
     EmbeddingGradient(),
     RecomputeSaved(),  # before the codecs: what it reads may be kept as codes
     PackMasks(),
+    NarrowIntegers(),
     EncodeSaved(),
     LaunchTogether(),  # what encode_saved made
+    FlattenSavedInputs(),  # last: recompute_saved may hand over inputs
 )
 
 

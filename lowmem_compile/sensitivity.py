@@ -8,7 +8,9 @@ products with other tensors). Where they end in
 - any other comparison or rounding: a small error flips the result;
 
 the error is amplified. A query or a key of a fused attention is read through the exponential of their product: an error of
-relative size e becomes one of e·|score|, so they take ten bits unless a codec is asked for by name. Products of the tensor with
+relative size e becomes one of e·|score|. Its value and output enter dS = P∘(dP − δ), dP = dO vᵀ, δ = rowsum(dO∘O): where
+attention is sharp dP − δ is a small difference of large numbers, whose errors are independent. All four take ten bits unless
+a codec is asked for by name. Products of the tensor with
 itself, sigmoid, tanh, erf and matrix products bound or average it.
 """
 
@@ -31,7 +33,7 @@ prims = torch.ops.prims
 class Use:
     """How a tensor is read; ``through`` names the operation that decided."""
 
-    kind: Literal["plain", "compared with zero", "score", "amplified"]
+    kind: Literal["plain", "compared with zero", "difference", "score", "amplified"]
     through: str = ""
 
 
@@ -108,7 +110,7 @@ def use_of(placeholder: fx.Node) -> Use:
             use = _read(user, node)
             if use.kind == "amplified":
                 return use
-            if use.kind == "score":
+            if use.kind == "score" or (use.kind == "difference" and worst.kind == "plain"):
                 worst = use
             if use.kind == "compared with zero":
                 if node is not placeholder and not _keeps_sign(node, placeholder):
@@ -155,7 +157,9 @@ def _read(user: fx.Node, node: fx.Node) -> Use:
     if isinstance(user.target, OpOverload) and "attention" in name and "backward" in name:
         names = [a.name for a in user.target._schema.arguments]
         read = {n for n, value in zip(names, user.args, strict=False) if value is node}
-        return Use("score" if read & {"query", "key"} else "plain", name)
+        if read & {"query", "key"}:
+            return Use("score", name)
+        return Use("difference" if read & {"value", "out"} else "plain", name)
     if user.target in COMPARED:
         zero = len(user.args) > 1 and user.args[1] == 0
         return Use("compared with zero" if zero else "amplified", name)

@@ -260,11 +260,11 @@ def spliced(
 
 def codec_of(ctx: Context, crossing: Crossing) -> Codec:
     """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
-    scored = any(u.kind == "score" for u in crossing.uses)
+    attended = any(u.kind in ("score", "difference") for u in crossing.uses)
     plan = ctx.facts.get("plan")
     chosen = "exact" if plan is None else plan.decision(storage_root(crossing.encoded).name)
     if chosen == "exact":
-        chosen = ("int10" if scored else "int8") if ctx.options.codec == "auto" else ctx.options.codec
+        chosen = ("int10" if attended else "int8") if ctx.options.codec == "auto" else ctx.options.codec
     keep_zero = any(u.kind == "compared with zero" for u in crossing.uses)
     return codec_named(
         chosen, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero

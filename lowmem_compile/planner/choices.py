@@ -5,6 +5,7 @@ independent, so squares add: E² = Σ s²e². Without a measurement s² is a pri
 
     ordinary        Σ s² = 4      (MiniLM, SmolLM2, ViT: int8 in all of them, e = 0.6 %, gives E = 1.2 to 1.4 %)
     query, key      Σ s² = 40     (from 4 in MiniLM to 130 in DINOv2, whose scores are large)
+    value, output   Σ s² = 12     (of attention; 34 in DINOv2, where attention is sharp, an ordinary tensor's share in MiniLM)
     gradient        s² = 1        (of a weight, computed with the loss: its error is the gradient's)
 
 e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own.
@@ -27,6 +28,8 @@ from lowmem_compile.graph import concrete, nbytes, numel, storage_root, tensor_v
 from lowmem_compile.kernels.group_codes import Codec
 from lowmem_compile.options import CodecName
 from lowmem_compile.passes.encode_saved import EncodeSaved, codec_of, rows_and_width
+from lowmem_compile.passes.narrow_integers import NarrowIntegers
+from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.recompute_saved import crossing_nodes
 from lowmem_compile.planner.calibrate import Measured
 from lowmem_compile.planner.program import Op, Program
@@ -34,8 +37,8 @@ from lowmem_compile.rematerialise import Recipe, recipe_of
 from lowmem_compile.sensitivity import becomes_gradient
 
 LADDER: tuple[CodecName, ...] = ("int10", "int8", "int6", "int5", "int4")
-ORDINARY, SCORED = 4.0, 40.0
-"""Prior Σ s² of ordinary saved tensors, and of queries and keys."""
+ORDINARY, SCORED, ATTENDED = 4.0, 40.0, 12.0
+"""Prior Σ s² of ordinary saved tensors, of queries and keys, and of values and outputs of attention."""
 BALANCE = {"cpu": 30.0, "cuda": 300.0}
 """Operations a device does in the time it moves a byte."""
 EFFORT = {"int10": 3.0, "int8": 0.5, "int6": 3.0, "int5": 4.0, "int4": 1.0, "bf16": 0.0}
@@ -73,7 +76,8 @@ class Item:
     """Roots of saved tensors that its recipe reads: they have to be kept if it is computed again."""
     recipe: Recipe | None = None
     kind: str = "ordinary"
-    """``"ordinary"``, ``"score"`` (query or key), ``"gradient"`` (of a weight, made with the loss), or ``"exact"``."""
+    """``"ordinary"``, ``"score"`` (query or key), ``"difference"`` (value or output of attention), ``"gradient"`` (of a weight,
+    made with the loss), or ``"exact"``."""
 
     def choice(self, name: str) -> Choice:
         """The choice of that name."""
@@ -93,14 +97,14 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[
     crossing = crossing_nodes(ctx)
     matches = {m.node: m for m in encode.find(graph, ctx)}
     kinds = {root: _kind(matches.get(root), ctx) for root in crossing}
-    counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in ("ordinary", "score", "gradient")}
+    counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in ("ordinary", "score", "difference", "gradient")}
     ops = {op.name: op for op in program.forward}
     balance = BALANCE.get(ctx.device, BALANCE["cpu"])
     items = []
     for root, saved in crossing.items():
-        choices = [Choice("exact", nbytes(root))]
+        choices = [Choice("exact", exact_bytes(graph, ctx, saved))]
         if kinds[root] != "exact":
-            sums = {"ordinary": ORDINARY, "score": SCORED, "gradient": counts["gradient"]}
+            sums = {"ordinary": ORDINARY, "score": SCORED, "difference": ATTENDED, "gradient": counts["gradient"]}
             weight = sums[kinds[root]] / counts[kinds[root]]
             extra = COPY if kinds[root] == "gradient" else 0.0
             choices += _codes(encode, matches[root], ctx, weight, nbytes(root), extra, (measured or {}).get(root.name))
@@ -119,7 +123,8 @@ def _kind(match: Match | None, ctx: Context) -> str:
         return "exact"
     if all(becomes_gradient(ctx.facts["placeholder_of"][n]) for n in match.info.saved):
         return "gradient"
-    return "score" if any(u.kind == "score" for u in match.info.uses) else "ordinary"
+    kinds = {u.kind for u in match.info.uses}
+    return "score" if "score" in kinds else "difference" if "difference" in kinds else "ordinary"
 
 
 def encodable(graph: fx.Graph, ctx: Context) -> list[Match]:
@@ -145,6 +150,26 @@ def _codes(
             error2 = weight * codec.error**2 if measured is None else measured.error(name) ** 2
             found.append(Choice(name, size, error2, (EFFORT[name] + extra) * exact))
     return found
+
+
+def exact_bytes(graph: fx.Graph, ctx: Context, saved: Sequence[fx.Node]) -> int:
+    """Bytes of a storage that is kept exact: of a mask its bits, of integers the narrowest dtype that holds them.
+
+    Args:
+        graph: the forward graph.
+        ctx: context of the saved stage.
+        saved: the nodes of the storage that cross.
+    """
+    whole = nbytes(storage_root(saved[0]))
+    alone = replace(ctx, facts={**ctx.facts, "saved": list(saved)})
+    for p in (PackMasks(), NarrowIntegers()):
+        if p.name in ctx.options.disable:
+            continue
+        for match in p.find(graph, alone):
+            if p.check(match, alone) is None:
+                freed = p.bytes_saved(match, alone)
+                return whole - int(freed) if freed.is_number else whole
+    return whole
 
 
 def code_bytes(match: Match, codec: Codec) -> int:

@@ -4,8 +4,9 @@ A model of Inductor's lowering and scheduler, without code generation. From ``to
 
 1. a pointwise value is computed in the loops of its readers, unless it is returned, read by a call (matmul, attention), read
    from more than 8 buffers, or has several readers and is costly (more than 4 buffers, 30 operations, or an exponential);
-2. an addition to a matrix product whose result nothing else reads becomes one call;
-3. loops over equally many elements that share a buffer are fused, those sharing most first, unless that makes a cycle;
+2. an addition to a matrix product whose result nothing else reads, and no view in between, becomes one call;
+3. loops over equally many elements that share a buffer are fused, those sharing most first, unless that makes a cycle; a sum over
+   other dimensions than the last runs in another order, and is fused with its like only;
 4. a buffer read only inside the kernel that makes it is never allocated.
 """
 
@@ -38,6 +39,10 @@ class Kernel:
     module: str = ""
     loops: list[tuple[frozenset[str], tuple[str, ...]]] = field(default_factory=list)
     """What each of the loops fused here reads and makes."""
+    columns: bool = False
+    """A loop that sums over other dimensions than the last."""
+    scratch: int = 0
+    """Bytes that a call takes beside its results."""
     dead: set[str] = field(default_factory=set)
     """Made and read inside only: never allocated."""
 
@@ -71,7 +76,7 @@ def with_addmm(ops: Sequence[Op]) -> list[Op]:
         for product, other in (op.reads, op.reads[::-1]):
             mm, addend = by_name[product], by_name[other]
             alike = (mm.nbytes, mm.dtype) == (op.nbytes, op.dtype) == (addend.nbytes, addend.dtype)
-            if mm.target == "mm" and readers[product] == 1 and alike:
+            if mm.target == "mm" and readers[product] == 1 and alike and product in op.adds:
                 gone.add(product)
                 taken[op.name] = replace(op, target="addmm", role="extern", reads=(other, *mm.reads), flops=mm.flops)
                 break
@@ -111,7 +116,8 @@ class _Lowering:
 
     def __init__(self) -> None:
         self.buffers: set[str] = set()
-        self.values: dict[str, tuple[Op, int, frozenset[str], int, bool]] = {}
+        self.values: dict[str, tuple[Op, int, frozenset[str], frozenset[str], bool]] = {}
+        """Of each: operation, place, buffers read, operations done to compute it, whether one of them is heavy."""
         self.kernels: list[Kernel] = []
 
     def sources(self, op: Op) -> frozenset[str]:
@@ -126,26 +132,28 @@ class _Lowering:
     def inline(self, op: Op, index: int) -> None:
         below = [self.values[name] for name in op.reads if name in self.values]
         heavy = op.target in HEAVY or any(v[4] for v in below)
-        self.values[op.name] = (op, index, self.sources(op), 1 + sum(v[3] for v in below), heavy)
+        work = frozenset({op.name}.union(*(v[3] for v in below)))
+        self.values[op.name] = (op, index, self.sources(op), work, heavy)
 
     def wants_buffer(self, op: Op, *, several: bool) -> bool:
-        _, _, sources, count, heavy = self.values[op.name]
-        return len(sources) > MANY_READS or (several and (len(sources) > COSTLY_READS or count > COSTLY_OPS or heavy))
+        _, _, sources, work, heavy = self.values[op.name]
+        return len(sources) > MANY_READS or (several and (len(sources) > COSTLY_READS or len(work) > COSTLY_OPS or heavy))
 
     def realise(self, name: str) -> None:
         if name in self.values:
             op, index, sources, _, _ = self.values.pop(name)
             self.buffers.add(name)
-            self.add(sources, [op], True, op.domain, index, op.module)
+            self.add(sources, [op], True, op, index)
 
     def emit(self, op: Op, index: int, results: Sequence[Op]) -> None:
         loop = op.role in ("reduction", "scatter")
-        self.add(self.sources(op), results, loop, op.domain, index, op.module)
+        self.add(self.sources(op), results, loop, op, index)
         self.buffers.update(r.name for r in results)
 
-    def add(self, reads: frozenset[str], makes: Sequence[Op], loop: bool, domain: int, index: int, module: str) -> None:
-        one = (reads, tuple(op.name for op in makes))
-        self.kernels.append(Kernel(set(reads), list(makes), loop, domain, index, index, module, [one]))
+    def add(self, reads: frozenset[str], makes: Sequence[Op], loop: bool, op: Op, index: int) -> None:
+        one = (reads, tuple(made.name for made in makes))
+        kernel = Kernel(set(reads), list(makes), loop, op.domain, index, index, op.module, [one], op.columns, op.scratch)
+        self.kernels.append(kernel)
 
 
 class _Fusion:
@@ -203,7 +211,7 @@ class _Fusion:
 
     def _may_fuse(self, a: int, b: int) -> bool:
         one, two = self.kernels[a], self.kernels[b]
-        if one.domain != two.domain or len(one.loops) + len(two.loops) > MOST_FUSED:
+        if one.domain != two.domain or one.columns != two.columns or len(one.loops) + len(two.loops) > MOST_FUSED:
             return False
         return not self._detour(a, b) and not self._detour(b, a)
 

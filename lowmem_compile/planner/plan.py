@@ -171,8 +171,9 @@ class Planner:
                 program = _recomputed(program, item)
         for item in self.items:
             crossing = next((c for c in program.crossings if c.root == item.root), None)
-            if crossing is not None and decisions[item.root] not in ("exact", "recompute"):
-                program = program.encoded(crossing, item.choice(decisions[item.root]).nbytes)
+            kept = item.choice(decisions[item.root]).nbytes
+            if crossing is not None and decisions[item.root] != "recompute" and kept < crossing.nbytes:
+                program = program.encoded(crossing, kept)
         return program
 
     def meet(self, budget: Budget, inductor: int, room: int = 0) -> Plan:

@@ -18,6 +18,7 @@ from lowmem_compile._torch import OpOverload, op_types
 from lowmem_compile.graph import (
     argument,
     concrete,
+    is_static,
     is_tangent,
     module_path,
     nbytes,
@@ -26,6 +27,7 @@ from lowmem_compile.graph import (
     storage_root,
     tensor_of,
 )
+from lowmem_compile.planner.scratch import scratch_bytes
 from lowmem_compile.saved import Partition
 
 aten = torch.ops.aten
@@ -46,6 +48,7 @@ LOOPS = frozenset(
     | {"constant_pad_nd", "scalar_tensor", "convert_element_type", "inductor_random", "inductor_seeds", "inductor_lookup_seed"}
     | {"repeat", "flip", "slice_scatter", "select_scatter", "roll", "tril", "triu", "zeros_like", "ones_like", "empty", "rev"}
     | {"_unsafe_index", "_unsafe_masked_index", "rand", "rand_like", "bernoulli", "fma"}
+    | {"view"}  # of another dtype; other views are looked through
 )
 
 
@@ -63,6 +66,9 @@ class Op:
         dtype: of the result, for reuse of memory in place.
         module: path of the module, for the report.
         flops: multiplications and additions of a matrix product, for the cost of doing it again.
+        columns: a reduction that sums over other dimensions than the last: its loops run in another order.
+        adds: what it adds as it is, without a view in between: a matrix product there can be one call with the addition.
+        scratch: bytes that a call takes beside its results, while it runs.
     """
 
     name: str
@@ -74,6 +80,9 @@ class Op:
     dtype: str = ""
     module: str = ""
     flops: int = 0
+    columns: bool = False
+    adds: tuple[str, ...] = ()
+    scratch: int = 0
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,22 @@ def _op(node: fx.Node) -> Op | None:
         _dtype(value),
         module_path(node),
         _flops(node),
+        role == "reduction" and _sums_columns(node),
+        tuple(i.name for i in node.all_input_nodes) if node.target is aten.add.Tensor else (),
+        scratch_bytes(node) if role == "extern" else 0,
     )
+
+
+def _sums_columns(node: fx.Node) -> bool:
+    """Whether a dimension that is kept lies behind one that is reduced."""
+    source = tensor_of(node.all_input_nodes[0])
+    dims = node.args[1] if len(node.args) > 1 else None
+    if source is None or not isinstance(dims, (list, tuple, int)) or isinstance(dims, bool):
+        return False
+    reduced = {d % source.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+    wide = [d for d in range(source.dim()) if not is_static(source.shape[d], 1)]
+    gone = [d for d in wide if d in reduced]
+    return bool(gone) and any(d > gone[0] for d in wide if d not in reduced)
 
 
 def _domain(node: fx.Node, role: Role) -> int:
@@ -263,7 +287,10 @@ def repeatable(node: fx.Node) -> bool:
 
 
 def _flops(node: fx.Node) -> int:
-    """2·M·K·N of a matrix product; 0 for everything else."""
+    """2·M·K·N of a matrix product, 4·N·S·D of an attention over S keys; 0 for everything else."""
+    if "scaled_dot_product" in str(node.target) and "backward" not in str(node.target):
+        query, key = tensor_of(argument(node, 0)), tensor_of(argument(node, 1))
+        return 0 if query is None or key is None else 4 * concrete(query.numel()) * concrete(key.shape[-2])
     if node.target not in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default):
         return 0
     left = tensor_of(argument(node, 0 if len(node.args) == 2 else 1))

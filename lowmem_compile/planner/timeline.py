@@ -7,6 +7,7 @@ Counted: everything beyond parameters, buffers and inputs. The kernels and their
   gradients stay;
 - a loop writes into an input of the same size that dies with it and that no other loop of the kernel reads;
 - on a CPU, loops that follow one another are one call: all of their buffers exist before it and go after it;
+- a library call's scratch memory lives as long as the call (:mod:`lowmem_compile.planner.scratch`);
 - a buffer that dies is kept for a later one of the same size, where that does not raise the peak that Inductor expects.
 """
 
@@ -90,6 +91,7 @@ def _run(
     if way.hold:
         expected = [s for group in _spans(kernels, first, owner, outputs, way, expected=True) for s in group]
         _hold_for_reuse(live, spans, _total(len(kernels), expected))
+    live = [m + k.scratch for m, k in zip(live, kernels, strict=True)]
     points = [TimelinePoint(f"start of {phase}", phase, sum(s.size for s in given))] if given else []  # type: ignore[arg-type]
     points += [TimelinePoint(k.module or k.makes[0].target, phase, m) for k, m in zip(kernels, live, strict=True)]  # type: ignore[arg-type]
     last = len(kernels) - 1

@@ -140,6 +140,11 @@ REASONS: Final[Mapping[str, Reason]] = {
         "measured it.",
         "Give a memory_budget: it weighs the error against the bytes.",
     ),
+    "LM222": Reason(
+        "No bound of the integers is proved",
+        "A narrower dtype is taken only where the graph proves that every value fits: nothing is measured.",
+        "",
+    ),
     "LM300": Reason(
         "No fewer bytes in the end",
         "The graph was partitioned with this rewrite and without it, and with it no fewer bytes were kept.",
@@ -271,6 +276,16 @@ REWRITES: Final[Mapping[str, Reason]] = {
     "launch_together": Reason(
         "Codes of several tensors in one launch",
         "On a GPU each of them would have been a kernel launch of its own.",
+        "",
+    ),
+    "narrow_integers": Reason(
+        "Integers kept in a narrower dtype",
+        "The graph proves bounds of the integers, and they are kept in the narrowest dtype that holds them.",
+        "",
+    ),
+    "flatten_saved_inputs": Reason(
+        "Input handed over as it is",
+        "A convolution reads the input in another layout; the backward pass gets the input itself, and no copy of it is kept.",
         "",
     ),
     "pack_masks": Reason(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowmem_compile.kernels.group_codes import CODECS, Codec, codec_named, group_size, planes
+from lowmem_compile.kernels.group_codes.codec import rounded_to_bfloat16
 
 INTEGER = [name for name, codec in CODECS.items() if codec.bits < 16]
 WIDTHS = [1, 2, 7, 50, 63, 64, 65, 100, 128, 257]
@@ -327,3 +328,19 @@ def test_nbytes(width: int, rows: int, group: int, name: str) -> None:
     assert sum(p.nbytes for p in parts) == codec.nbytes(rows, width)
     ours = codec.decode(parts, width, torch.float32)
     assert ours.shape == (rows, width)
+
+
+@pytest.mark.e2e
+def test_inductor_makes_the_same_codes() -> None:
+    """The rounding of the scale must survive in a fused loop, which drops a cast to bfloat16 and back."""
+    x = torch.randn(6, 128).to(torch.bfloat16)
+    codec = codec_named("int10")
+    compiled = torch.compile(lambda x: codec.encode(x * 2))
+    for got, want in zip(compiled(x), codec.encode(x * 2), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1.00390625, 1.0117188, 2.0**-127, 3.3e38, 1e-45, float("inf")])
+def test_rounding_to_bfloat16_by_bits(value: float) -> None:
+    x = torch.tensor([value, 0.7 * value])
+    assert torch.equal(rounded_to_bfloat16(x), x.to(torch.bfloat16).float())

@@ -163,8 +163,10 @@ def test_the_order_of_the_passes() -> None:
         "embedding_gradient",
         "recompute_saved",
         "pack_masks",
+        "narrow_integers",
         "encode_saved",
         "launch_together",
+        "flatten_saved_inputs",
     ]
     order = ["dynamo", "joint", "backward", "saved"]
     stages = [order.index(p.stage.value) for p in PASSES]

@@ -1,0 +1,80 @@
+"""Memory that a library call takes while it runs, beside what it returns.
+
+Two kinds of call take much, on a CPU: the chunked loss, by a formula, and convolutions, for which oneDNN chooses an algorithm by
+shape and dtype (a bf16 patch embedding of DINOv2 takes 104 MB for a result of 0.8 MB). No formula gives the latter, so each
+convolution is run twice on zeros of its shapes, the second time under PyTorch's profiler: the highest sum of the blocks of the
+allocator, less the result. Convolutions of more than ``LARGEST`` bytes, on other devices, of dynamic size, or compiled while a
+profiler of the user's runs, count as taking none.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import fx
+
+from lowmem_compile._torch import profiler_is_on, unset_fake_temporarily
+from lowmem_compile.demo.measure import peak_bytes
+from lowmem_compile.graph import concrete, nbytes, tensor_of, tensor_value
+from lowmem_compile.kernels.linear_cross_entropy.op import chunk_rows
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+LARGEST = 1 << 28
+"""Bytes of arguments: a larger call would take noticeable time and memory to try."""
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+
+
+def scratch_bytes(node: fx.Node) -> int:
+    """Bytes that the call takes beside its results."""
+    if str(node.target) == "lowmem.linear_cross_entropy.default":
+        return _of_loss(node)
+    if node.target in CONVOLUTIONS:
+        return _of_convolution(node)
+    return 0
+
+
+def _of_loss(node: fx.Node) -> int:
+    """Logits of a chunk, and their gradient beside them."""
+    hidden, weight = tensor_value(node.all_input_nodes[0]), tensor_value(node.all_input_nodes[1])
+    rows, vocabulary = concrete(hidden.shape[0]), concrete(weight.shape[0])
+    return 2 * chunk_rows(rows, vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
+
+
+def _of_convolution(node: fx.Node) -> int:
+    given = [_signature(a) for a in node.args]
+    tensors = [v for n in node.all_input_nodes if (v := tensor_of(n)) is not None]
+    fixed = all(isinstance(s, int) for v in tensors for s in v.shape)
+    if not fixed or any(v.device.type != "cpu" for v in tensors) or sum(map(nbytes, node.all_input_nodes)) > LARGEST:
+        return 0
+    if profiler_is_on():
+        return 0
+    return _measured(node.target, tuple(given))
+
+
+def _signature(argument: Any) -> Any:
+    if isinstance(argument, fx.Node):
+        value = tensor_value(argument)
+        return ("tensor", tuple(value.shape), value.dtype)
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+@functools.cache
+def _measured(target: Any, given: tuple[Any, ...]) -> int:
+    """What one call on zeros takes beyond its results, layouts as Inductor lays them out (channels-last)."""
+    with unset_fake_temporarily(), torch.no_grad():
+        args = [_zeros(a) for a in given]
+        target(*args)  # the first call of a shape also builds its kernels
+        found = peak_bytes(lambda: target(*args), lambda _: None)
+    log.info("%s on %s takes %d bytes of scratch memory", target, given, found.peak - found.end)
+    return found.peak - found.end
+
+
+def _zeros(argument: Any) -> Any:
+    if isinstance(argument, tuple) and argument[:1] == ("tensor",):
+        value = torch.zeros(argument[1], dtype=argument[2])
+        return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+    return list(argument) if isinstance(argument, tuple) else argument
