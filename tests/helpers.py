@@ -84,7 +84,7 @@ class Graphs:
         return len(self.sites(pass_name, "rewritten"))
 
 
-def compile_graphs(model: Callable[..., Any], *, dynamic: bool | None = None, **options: Any) -> Graphs:
+def compile_graphs(model: Callable[..., Any], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Graphs:
     """Compile with lowmem up to the partition: forward and backward graph run operation by operation.
 
     ``report`` is off unless asked for: it compiles more than the test needs.
@@ -102,7 +102,7 @@ def compile_graphs(model: Callable[..., Any], *, dynamic: bool | None = None, **
         return lowmem(gm, example_inputs, options=options, inner_compile=capture)
 
     backend.reset = registry.reset  # type: ignore[attr-defined]
-    return Graphs(torch.compile(model, backend=backend, dynamic=dynamic))
+    return Graphs(torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph))
 
 
 def dynamo_graph(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> tuple[fx.GraphModule, list[Any]]:

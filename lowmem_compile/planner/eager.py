@@ -27,7 +27,8 @@ def eager_memory(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[tup
     inputs: list[Any] = []
     for value, given in zip(values, example_inputs, strict=True):
         fresh = value
-        if isinstance(value, FakeTensor):
+        if isinstance(value, FakeTensor) and not (value.dim() == 0 and value.device.type == "cpu" and not given.requires_grad):
+            # A number that Dynamo made an input (a dropout rate, with dynamic shapes) is kept: its symbol hangs on the object.
             with fake_mode:
                 fresh = value.detach().clone() if not _overlapping(value) else value.detach()
             fresh.requires_grad_(bool(getattr(given, "requires_grad", False)))

@@ -209,6 +209,19 @@ def test_autocast_inside_and_outside() -> None:
         assert graphs.rewritten("recognise_norm") == 1
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_dropout_rate_may_be_a_dynamic_number(*, training: bool) -> None:
+    model = nn.Sequential(nn.Linear(D, WIDE), nn.GELU(), nn.Dropout(0.1), nn.Linear(WIDE, D)).train(training)
+    graphs = compile_graphs(model, dynamic=True, fullgraph=True, report=True)
+    for rows in (ROWS, ROWS + 3):
+        graphs(x_of(rows, D)).sum().backward()
+    (entry,) = graphs.entries
+    assert entry.eager is not None
+    assert entry.eager[0]
+    if not training:
+        check_gradients(graphs, model, [x_of()])
+
+
 def test_dynamic_rows_do_not_recompile() -> None:
     model = Block()
     graphs = compile_graphs(model, gradients="exact")
