@@ -91,7 +91,7 @@ def _torch_state() -> Iterator[None]:
         torch.set_grad_enabled(grad)
         torch.set_num_threads(threads)
         if torch.get_default_device() != device:
-            torch.set_default_device(device)
+            torch.set_default_device(None if device.type == "cpu" else device)  # "cpu" would leave a mode on
         if torch.are_deterministic_algorithms_enabled() != deterministic:
             torch.use_deterministic_algorithms(deterministic)
     if "torch._dynamo" in sys.modules:
