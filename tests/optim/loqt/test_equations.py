@@ -15,7 +15,7 @@ from lowmem_compile.optim.loqt.linear import PROJECTOR
 from lowmem_compile.optim.projector import choose_side, down
 
 SHAPES = [(48, 32), (32, 48), (40, 40)]
-RANK, GAP, STEPS, LR, EPS = 6, 15, 40, 0.005, 1e-6
+RANK, GAP, STEPS, LR, EPS = 6, 15, 40, 0.005, 1e-3
 MOVED = 0.02
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 
@@ -23,6 +23,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 def data(shape: tuple[int, int], number: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
     x, target = torch.randn(64, shape[1], generator=generator), torch.randn(64, shape[0], generator=generator)
+    x = x * 0.9 ** torch.arange(shape[1])  # gaps between the singular values of the gradient
     return x.to(dtype), target.to(dtype)
 
 
@@ -74,7 +75,9 @@ def test_the_basis_is_galores() -> None:
 def test_forty_adam_steps_equal_galore(shape: tuple[int, int], scale: float, dtype: torch.dtype) -> None:
     """Weights agree to 1e-6 (float64: 1e-13) over 40 steps and three bases: Adam on B at ε·s, against GaLore with α = s at ε.
 
-    B's gradient is s times GaLore's, so m/(√v + ε) is the same only if ε is s times its own.
+    B's gradient is s times GaLore's, so m/(√v + ε) is the same only if ε is s times its own. Two things amplify float32's rounding:
+    bases between nearly equal singular values, and gradients near zero, which Adam normalises. So the singular values have gaps and
+    ε is 1e-5 of the gradients; with neither, two seeds of twelve differ by 1.2e-6 to 1.5e-6.
     """
     runs = []
     for kind in ("galore", "loqt"):
