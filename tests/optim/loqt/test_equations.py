@@ -75,9 +75,9 @@ def test_the_basis_is_galores() -> None:
 def test_forty_adam_steps_equal_galore(shape: tuple[int, int], scale: float, dtype: torch.dtype) -> None:
     """Weights agree to 1e-6 (float64: 1e-13) over 40 steps and three bases: Adam on B at ε·s, against GaLore with α = s at ε.
 
-    B's gradient is s times GaLore's, so m/(√v + ε) is the same only if ε is s times its own. Two things amplify float32's rounding:
-    bases between nearly equal singular values, and gradients near zero, which Adam normalises. So the singular values have gaps and
-    ε is 1e-5 of the gradients; with neither, two seeds of twelve differ by 1.2e-6 to 1.5e-6.
+    B's gradient is s times GaLore's, so m/(√v + ε) is the same only if ε is s times its own. Two things amplify float32's
+    rounding: bases between nearly equal singular values, and gradients near zero, which Adam normalises. So the singular values
+    have gaps and ε is 1e-5 of the gradients; with neither, two seeds of twelve differ by 1.2e-6 to 1.5e-6.
     """
     runs = []
     for kind in ("galore", "loqt"):
