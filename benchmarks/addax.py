@@ -108,7 +108,7 @@ def albert(layers: int | None) -> Task:
         if level in "AC"
     ]
     build = pretrained("AlbertForSequenceClassification", weights.albert_folder, layers)
-    return Task(balanced(examples), build, {"AdamW": 1e-4, "IP-SGD": 2e-2, "MeZO": 1e-4, "Addax": 2e-2})
+    return Task(balanced(examples), build, {"AdamW": 1e-4, "IP-SGD": 3e-2, "MeZO": 3e-4, "Addax": 3e-2})
 
 
 TASKS: dict[str, Callable[[int | None], Task]] = {"minilm": minilm, "albert": albert}
