@@ -283,8 +283,9 @@ def sensitivity(name: str, task: Task, arguments: argparse.Namespace) -> str:
             try:
                 row = run("Addax", task, argparse.Namespace(**{**vars(arguments), "alpha": alpha, "short": share}))
                 results.append(f"{row.accuracy:.3f}")
-            except GradientError:
-                results.append("diverged")
+            except GradientError as error:
+                print(f"  alpha {alpha:g}, short {share:.0%}: {error}", flush=True)
+                results.append("stopped")
         lines.append(f"| α = {arguments.alpha * factor:g} | " + " | ".join(results) + " |")
     return "\n".join(lines)
 
