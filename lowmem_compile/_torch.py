@@ -248,15 +248,24 @@ def without_graph_caches() -> Iterator[None]:
         yield
 
 
-def copy_dynamo_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a Dynamo graph module that AOTAutograd accepts like the original."""
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A deep copy that keeps node names and the attributes Dynamo puts on placeholders."""
     import copy
+    import warnings
 
-    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    new.meta.update(gm.meta)
-    for old_node, new_node in zip(gm.graph.nodes, new.graph.nodes, strict=True):
+    with warnings.catch_warnings():  # copying a leaf of an input's structure warns of a rename inside PyTorch
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated", category=FutureWarning)
+        new = copy.deepcopy(graph)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
         if hasattr(old_node, "_dynamo_source"):
             new_node._dynamo_source = old_node._dynamo_source
+    return new
+
+
+def copy_dynamo_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph module that AOTAutograd accepts like the original."""
+    new = fx.GraphModule(gm, copy_graph(gm.graph))
+    new.meta.update(gm.meta)
     sources = getattr(gm, "_param_name_to_source", None)
     if sources is not None:
         new._param_name_to_source = dict(sources)  # type: ignore[assignment]

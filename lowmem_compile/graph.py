@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lowmem_compile._torch import FakeTensor, detect_fake_mode, op_types, optimization_hint
+from lowmem_compile._torch import FakeTensor, copy_graph, detect_fake_mode, op_types, optimization_hint
 
 aten = torch.ops.aten
 
@@ -260,9 +260,7 @@ def _fake_mode(args: Sequence[fx.Node]) -> Any:
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy that shares parameters and meta values but owns its graph; node names are kept."""
-    import copy
-
-    out = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    out = fx.GraphModule(gm, copy_graph(gm.graph))
     out.meta.update(gm.meta)
     return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from torch import fx
 
-from lowmem_compile._torch import GraphTransformObserver, trace_structured, tracing_is_on
+from lowmem_compile._torch import GraphTransformObserver, copy_graph, trace_structured, tracing_is_on
 from lowmem_compile.contract import Context, Decline, DescribingPass, JointPass, Match, Pass, Rewrite, Stage
 from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
@@ -267,15 +266,6 @@ def check_graph(gm: fx.GraphModule, level: str) -> None:
         from lowmem_compile.verify import verify_values
 
         verify_values(gm)
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A deep copy that keeps the attributes Dynamo puts on placeholders."""
-    new = copy.deepcopy(graph)
-    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
-        if hasattr(old_node, "_dynamo_source"):
-            new_node._dynamo_source = old_node._dynamo_source
-    return new
 
 
 def op_counts(graph: fx.Graph) -> Counter[str]:

@@ -8,7 +8,6 @@ therefore the CPU's.
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import types
@@ -26,6 +25,7 @@ from lowmem_compile._torch import (
     code_generation,
     compile_fx,
     compile_fx_inner,
+    copy_graph,
     detect_fake_mode,
     inductor_config,
 )
@@ -167,7 +167,7 @@ def on_stub(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
     """A copy of the graph on fake ``cuda:0``, and fake inputs for it."""
     values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
     mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)]) or FakeTensorMode()
-    moved = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    moved = fx.GraphModule(gm, copy_graph(gm.graph))
 
     def device(value: Any) -> Any:
         return DEVICE if isinstance(value, torch.device) and value.type == "cpu" else value
