@@ -59,6 +59,7 @@ __all__ = [
     "functorch_config",
     "inductor_config",
     "keep_inputs_whole",
+    "lay_out",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "offer_prologue",
@@ -210,6 +211,17 @@ def offer_prologue(op: OpOverload) -> None:
             base = base.data
         if isinstance(base.data, ir.ComputedBuffer):
             V.graph.invoke_quant_ops.add(base.data.get_operation_name())
+        return x
+
+    register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def lay_out(op: OpOverload) -> None:
+    """Lower an identity to its input, which Inductor computes into a buffer of that shape; what views it reads the buffer."""
+    from torch._inductor.lowering import register_lowering
+
+    def lower(x: Any) -> Any:
+        x.realize()
         return x
 
     register_lowering(op, type_promotion_kind=None)(lower)

@@ -21,6 +21,7 @@ from lowmem_compile._torch import (
     compile_fx,
     copy_dynamo_module,
     keep_inputs_whole,
+    lay_out,
     list_mode_options,
     mode_names,
     offer_prologue,
@@ -147,6 +148,7 @@ def compile_graph(
     gm.recompile()
     keep_inputs_whole(torch.ops.lowmem.encode_many.default)
     offer_prologue(torch.ops.lowmem.in_prologue.default)
+    lay_out(torch.ops.lowmem.laid_out.default)
     partitioner = Partitioner(settings, target, entry, watch, args if settings.calibrate else (), updates)
     patches = {**patches, "custom_partitioner_fn": partitioner}
     more: dict[str, Any] = {}

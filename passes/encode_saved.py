@@ -47,7 +47,7 @@ from lowmem_compile.kernels.group_codes import Codec, codec_named, in_prologue
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
-Decoding = Literal["fused", "own", "in prologue"]
+Decoding = Literal["fused", "own", "in prologue", "laid out"]
 Traces = dict[tuple[str, Any], fx.GraphModule]
 SMALLEST = 4096
 """Elements; below, two more kernels cost more than the bytes are worth."""
@@ -128,7 +128,7 @@ class EncodeSaved:
         placeholder_of = ctx.facts["placeholder_of"]
         codec = codec_of(ctx, crossing)
         own_encode = has_kernel(codec, value, ctx) and not encode_is_fused(node, codec.bits)
-        encode, _ = coder(codec, value, own_encode=own_encode)
+        encode, _ = coder(codec, value, own_encode=own_encode, in_loops=ctx.device == "cpu")
         dtype = value.dtype
         traces: Traces = ctx.facts.setdefault("traces", {})
         key = (codec, tuple(sizes(value)), tuple(value.stride()), dtype)
@@ -178,7 +178,7 @@ class EncodeSaved:
         value = tensor_value(match.info.encoded)
         codec = codec_of(ctx, match.info)
         elements = sympy_numel(value)
-        _, width = rows_and_width(value, codec.group)
+        _, width = rows_and_width(value, codec)
         if codec.bits == 16:
             return elements * (value.element_size() - 2)
         last = sympy.Integer(width) if isinstance(width, int) else width.node.expr
@@ -187,7 +187,7 @@ class EncodeSaved:
 
 
 def _useless(codec: Codec, value: torch.Tensor) -> Decline | None:
-    rows, width = rows_and_width(value, codec.group)
+    rows, width = rows_and_width(value, codec)
     if isinstance(width, int) and isinstance(rows, int) and codec.nbytes(rows, width) >= rows * width * value.element_size():
         return Decline("LM306", f"as {codec.name} it would take no fewer bytes")
     if not isinstance(width, int) and codec.bits not in (8, 16):
@@ -197,25 +197,33 @@ def _useless(codec: Codec, value: torch.Tensor) -> Decline | None:
 
 def has_kernel(codec: Codec, value: torch.Tensor, ctx: Context) -> bool:
     """Whether a kernel of ours writes and reads these codes: static rows, rounded to nearest, a GPU, and Triton."""
-    _, width = rows_and_width(value, codec.group)
+    _, width = rows_and_width(value, codec)
     return codec.bits != 16 and not codec.stochastic and isinstance(width, int) and runs_triton(ctx.device)
 
 
 def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:
-    """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles."""
-    if not has_kernel(codec, value, ctx) or decode_is_fused(placeholder):
+    """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles.
+
+    On a CPU what library calls alone read is laid out as its codes are, where they lie in runs.
+    """
+    if decode_is_fused(placeholder):
+        return "fused"
+    if ctx.device == "cpu":
+        return "laid out" if codec.runs > 1 else "fused"
+    if not has_kernel(codec, value, ctx):
         return "fused"
     return "in prologue" if decode_is_prologue(placeholder, codec.bits) else "own"
 
 
 def coder(
-    codec: Codec, value: torch.Tensor, *, own_encode: bool = False, decoded: Decoding = "fused"
+    codec: Codec, value: torch.Tensor, *, own_encode: bool = False, in_loops: bool = False, decoded: Decoding = "fused"
 ) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]:
     """Encode and decode for tensors of the shape, strides and dtype of ``value``; rows lie along what is dense in memory.
 
-    ``own_encode``: as one operation of ours, in place of the definition; ``decoded``: see :func:`decoding`.
+    ``own_encode``: as one operation of ours, in place of the definition; ``in_loops``: see :meth:`Codec.encode`; ``decoded``: see
+    :func:`decoding`.
     """
-    order, tail = memory_order(value), row_dims(value, codec.group)
+    order, tail = memory_order(value), row_dims(value, codec)
     back = [order.index(i) for i in range(len(order))]
     dtype, rows = value.dtype, [value.shape[d] for d in order]
     width = math.prod(rows[-tail:])
@@ -225,14 +233,14 @@ def coder(
         x = merge(x if order == sorted(order) else x.permute(order), tail)
         if own_encode:
             return tuple(torch.ops.lowmem.encode_many([x], [codec.bits], [codec.group], [codec.keep_zero]))
-        return codec.encode(x)
+        return codec.encode(x, in_loops=in_loops)
 
     def decode(*given: torch.Tensor) -> torch.Tensor:
         last = given[0].shape[-1] if dynamic else width
         if decoded == "own":
             (x,) = torch.ops.lowmem.decode_many(list(given), [codec.bits], [codec.group], [last], dtype)
         else:
-            x = codec.decode(given, last, dtype)
+            x = codec.decode(given, last, dtype, in_loops=decoded == "laid out")
         x = (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
         marked: torch.Tensor = in_prologue(x) if decoded == "in prologue" else x
         return marked
@@ -307,16 +315,19 @@ def _is_part(node: fx.Node) -> bool:
     return any(word in node.meta.get("lowmem_kind", "") for word in ("codes", "poison", "mask"))
 
 
-def row_dims(value: torch.Tensor, group: int) -> int:
+def row_dims(value: torch.Tensor, codec: Codec) -> int:
     """How many of the last dimensions in memory order make a row: more than one where the last alone is shorter than a group.
 
-    Only static dimensions that lie densely behind one another are merged (the heads of one token).
+    Only static dimensions that lie densely behind one another are merged. The heads of a token, of values [B, H, N, D] that
+    lie as B, N, H, D, are merged where D alone is shorter than a group for each run.
     """
     order = memory_order(value)
     width, tail = 1, 0
     for d in reversed(order):
         size, stride = sizes(value)[d], value.stride(d)
-        if tail and (width >= group or not isinstance(size, int) or not is_static(stride, width)):
+        heads = tail == 1 and value.dim() >= 4 and d == value.dim() - 3
+        enough = codec.group * codec.runs if heads else codec.group
+        if tail and (width >= enough or not isinstance(size, int) or not is_static(stride, width)):
             break
         tail += 1
         if not isinstance(size, int):
@@ -330,9 +341,9 @@ def merge(x: torch.Tensor, tail: int) -> torch.Tensor:
     return x.flatten(-tail) if tail > 1 else x
 
 
-def rows_and_width(value: torch.Tensor, group: int) -> tuple[Any, Any]:
+def rows_and_width(value: torch.Tensor, codec: Codec) -> tuple[Any, Any]:
     """Rows, and elements a row, that a codec sees."""
     shape = [value.shape[d] for d in memory_order(value)]
-    tail = row_dims(value, group) if shape else 0
+    tail = row_dims(value, codec) if shape else 0
     width = math.prod(shape[len(shape) - tail :])
     return math.prod(shape[: len(shape) - tail]), width

@@ -13,7 +13,7 @@ import triton.language as tl
 from lowmem_compile.gpu_free.specialised import Specialised
 from lowmem_compile.kernels.activation_codes.forward_triton import activation
 from lowmem_compile.kernels.group_codes.codec import Codec
-from lowmem_compile.kernels.group_codes.encode_triton import OPTIONS, constants, encode_run, store_codes
+from lowmem_compile.kernels.group_codes.encode_triton import OPTIONS, constants, encode_run, store_codes, top_scale
 from lowmem_compile.kernels.group_codes.op import allocate
 
 
@@ -57,6 +57,7 @@ def gated_codes_kernel(
     inner = place * GROUP + lane
     valid = row < rows
     inside = valid & (lane < GROUP)
+    top: tl.constexpr = top_scale(LARGEST, a.dtype.element_ty)
     a_codes = ()
     b_codes = ()
     # fmt: off
@@ -68,9 +69,9 @@ def gated_codes_kernel(
         value = tl.load(b + where, mask=here, other=0.0).to(tl.float32)
         tl.store(y + where, (activation(gate, NAME) * value).to(y.dtype.element_ty), mask=here)
         a_code = encode_run(gate, run, valid, row, place, a_scales, a_scales, LENGTH, RUNS, GROUP, G,
-                            LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+                            LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC, top)
         b_code = encode_run(value, run, valid, row, place, b_scales, b_scales, LENGTH, RUNS, GROUP, G,
-                            LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+                            LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC, top)
         a_codes = a_codes + (a_code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
         b_codes = b_codes + (b_code,)  # type: ignore[assignment]  # noqa: RUF005
     # fmt: on

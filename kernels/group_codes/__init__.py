@@ -1,6 +1,7 @@
 """Group-wise integer codes for saved tensors: b bits an element and one scale a group along the last dimension."""
 
 from lowmem_compile.kernels.group_codes.codec import CODECS, Codec, codec_named, group_size, pack_codes, planes, unpack_codes
+from lowmem_compile.kernels.group_codes.laid_out import laid_out
 from lowmem_compile.kernels.group_codes.many import decode_many, encode_many
 from lowmem_compile.kernels.group_codes.op import encode_groups
 from lowmem_compile.kernels.group_codes.prologue import in_prologue
@@ -14,6 +15,7 @@ __all__ = [
     "encode_many",
     "group_size",
     "in_prologue",
+    "laid_out",
     "pack_codes",
     "planes",
     "unpack_codes",

@@ -13,7 +13,8 @@ The scale is rounded to bfloat16 before it divides (upwards for more than 8 bits
 No clamp is needed: |x / s| <= m·(1 + 2⁻⁸) rounds to at most m for m <= 127, and |x / s| <= m where the scale is rounded up.
 
 NaN and Inf: the group's scale is NaN, and all its elements decode to NaN. Nothing outside the group changes.
-Zeros: s = 0, decodes to 0; so does a group whose scale would be subnormal. A decoded value never exceeds the dtype's range.
+Zeros: s = 0, decodes to 0; so does a group whose scale would be subnormal. A decoded value never exceeds the dtype's range:
+where m·s would, s is the next bfloat16 below, and x is divided by max |x| / m (an error of 2⁻⁷ at most).
 Numerics class: APPROXIMATE.
 
 Errors for a Gaussian row at g = 64, relative root mean square: 0.15 % at 10 bits, 0.6 % at 8, 2.4 % at 6, 5 % at 5, 11 % at 4.
@@ -29,9 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_compile.kernels.group_codes.laid_out import laid_out
+
 Size = int | torch.SymInt
 
 WIDTHS = (8, 4, 2, 1)
+LANES = 16
+"""Elements of float32 that a vector unit of a CPU takes at once, at most."""
 SMALLEST_SCALE = 2.0**-126
 """The smallest normal number; groups with a smaller scale decode to zero."""
 
@@ -62,6 +67,11 @@ class Codec:
         return int(2 ** (self.bits - 1) - 1)
 
     @property
+    def runs(self) -> int:
+        """R: the runs of a row whose codes share bytes; 1 at 8 and 16 bits."""
+        return 1 if self.bits == 16 else 8 // planes(self.bits)[-1]
+
+    @property
     def error(self) -> float:
         """Estimated relative root mean square error of a decoded tensor (Gaussian rows; groups of 64: max ≈ 2.65 σ).
 
@@ -71,8 +81,11 @@ class Codec:
             return float(0.73 * 2**-7 / 12**0.5)
         return 2.65 / self.largest / 12**0.5 * (2**0.5 if self.stochastic else 1)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+    def encode(self, x: Tensor, *, in_loops: bool = False) -> tuple[Tensor, ...]:
         """Codes and scales of x[..., D].
+
+        ``in_loops``: the same, written for Inductor's C++: what there is one of a group is computed once, for many groups at a
+        time, and largest magnitudes are taken of whole vectors first.
 
         Returns:
             One tensor a plane, uint8 [..., R·L·w/8] (int8 [..., L] at 8 bits), then the scales, bfloat16 [..., R·L/g].
@@ -87,18 +100,23 @@ class Codec:
         cells = _padded(rows, length)
         cells = cells.reshape(*cells.shape[:-1], length // group, group)
         up = 1.0 if self.bits <= 8 else 1.0 + 2.0**-8  # beyond 8 bits a scale rounded down would overflow the codes
-        exact = cells.abs().amax(-1, keepdim=True) * (up / self.largest)
+        exact = _largest_magnitude(cells, in_vectors=in_loops) * (up / self.largest)
         wide = rounded_to_bfloat16(exact)
         usable = (wide >= SMALLEST_SCALE) & (wide < math.inf)
-        inverse = torch.where(usable, 1.0 / wide, 0.0)
-        scale = torch.where(usable, wide, torch.where(exact < SMALLEST_SCALE, 0.0, math.nan)).to(torch.bfloat16)
-        code = torch.where(usable, self._round(cells * inverse, cells), 0.0)
+        top = largest_scale(self.largest, torch.finfo(x.dtype).max)
+        inverse = torch.where(usable, 1.0 / torch.where(wide > top, exact, wide), 0.0)
+        inverse = laid_out(inverse) if in_loops else inverse
+        scale = torch.where(usable, wide.clamp(max=top), torch.where(exact < SMALLEST_SCALE, 0.0, math.nan)).to(torch.bfloat16)
+        code = torch.where(inverse > 0.0, self._round(cells * inverse, cells), 0.0)
         code = code.reshape(*x.shape[:-1], runs, length)
         parts = [code.to(torch.int8).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
         return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
 
-    def decode(self, parts: tuple[Tensor, ...], width: Size, dtype: torch.dtype) -> Tensor:
-        """x̃[..., width] in ``dtype`` from what :meth:`encode` returned."""
+    def decode(self, parts: tuple[Tensor, ...], width: Size, dtype: torch.dtype, *, in_loops: bool = False) -> Tensor:
+        """x̃[..., width] in ``dtype``, which x had, from what :meth:`encode` returned.
+
+        ``in_loops``: the same, for Inductor's C++: a view of x̃[..., R, L/g, g], which gets a buffer (unless rows are padded).
+        """
         if self.bits == 16:
             return parts[0].to(dtype)
         *codes, scale = parts
@@ -110,8 +128,9 @@ class Codec:
             code = unpack_codes(codes, length, self.bits) - float(self.largest)
         cells = code.reshape(*lead, runs, length // group, group)
         cells = cells * scale.to(torch.float32).reshape(*lead, runs, length // group, 1)
-        limit = torch.finfo(dtype).max  # m·s may lie above the largest element by the rounding of s
-        out = cells.clamp(-limit, limit).to(dtype).reshape(*lead, runs, length)
+        out = cells.to(dtype)
+        out = laid_out(out) if in_loops and runs * length == width else out
+        out = out.reshape(*lead, runs, length)
         if isinstance(width, int):
             out = out[..., : -(-width // runs)].reshape(*lead, -(-width // runs) * runs)[..., :width]
         else:
@@ -129,7 +148,7 @@ class Codec:
         """Runs R of a row, elements L a run (a multiple of the group), elements g a group."""
         if not isinstance(width, int):
             return 1, width, width
-        runs = 8 // planes(self.bits)[-1]
+        runs = self.runs
         length = max(-(-width // runs), 1)
         group = group_size(length, self.group)
         return runs, -(-length // group) * group, group
@@ -156,6 +175,23 @@ def rounded_to_bfloat16(x: Tensor) -> Tensor:
     """
     bits = x.view(torch.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+
+
+def largest_scale(largest: float, limit: float) -> float:
+    """The largest bfloat16 that times m is no more than ``limit``."""
+    mantissa, exponent = math.frexp(limit / largest)
+    return math.ldexp(math.floor(mantissa * 256) / 256, exponent)
+
+
+def _largest_magnitude(cells: Tensor, *, in_vectors: bool) -> Tensor:
+    """max |x| over the last dimension, which is kept; NaN where there is one."""
+    magnitude = cells.abs()
+    if in_vectors and isinstance(cells.shape[-1], int) and cells.shape[-1] % LANES == 0:
+        first, *rest = magnitude.split(LANES, dim=-1)
+        for part in rest:
+            first = torch.maximum(first, part)
+        magnitude = first
+    return magnitude.amax(-1, keepdim=True)
 
 
 def group_size(width: int, group: int) -> int:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from lowmem_compile.gpu_free.specialised import Specialised
-from lowmem_compile.kernels.group_codes.codec import SMALLEST_SCALE, Codec, planes
+from lowmem_compile.kernels.group_codes.codec import SMALLEST_SCALE, Codec, largest_scale, planes
 from lowmem_compile.kernels.group_codes.op import allocate
 
 OPTIONS: Mapping[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
@@ -55,6 +55,14 @@ def store_plane(
         tl.store(plane + (row * (RUNS * W // 8) + byte_run) * LENGTH + inner, packed.to(tl.uint8), mask=inside)
 
 
+@triton.constexpr_function
+def top_scale(largest: float, dtype: tl.dtype) -> float:
+    """:func:`largest_scale` for x in ``dtype``."""
+    return largest_scale(
+        largest, torch.finfo({"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype.name]).max
+    )
+
+
 @triton.jit
 def encode_run(
     x,  # float32 [T, G], zeros where there is no element
@@ -74,17 +82,18 @@ def encode_run(
     ROUNDER: tl.constexpr,
     KEEP_ZERO: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    TOP: tl.constexpr,
 ):
     """Write the scales of a run's groups; its codes, float32 [T, G]."""
     lane = tl.arange(0, G)[None, :]
     groups = LENGTH // GROUP
     # The bits of nonnegative floats are ordered as the floats are, and those of NaN lie above infinity's.
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
-    scale = (bits.to(tl.float32, bitcast=True) * FACTOR).to(tl.bfloat16)
-    wide = scale.to(tl.float32)
+    exact = bits.to(tl.float32, bitcast=True) * FACTOR
+    wide = exact.to(tl.bfloat16).to(tl.float32)
     usable = (wide >= SMALLEST) & (wide < float("inf"))
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, wide, 1.0)), 0.0)
-    kept = tl.where(usable, wide, tl.where(wide < SMALLEST, 0.0, float("nan"))).to(tl.bfloat16)
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, tl.where(wide > TOP, exact, wide), 1.0)), 0.0)
+    kept = tl.where(usable, tl.minimum(wide, TOP), tl.where(wide < SMALLEST, 0.0, float("nan"))).to(tl.bfloat16)
     tl.store(scales + (row * RUNS + run) * groups + place, kept, mask=valid)
     value = x * inverse
     if STOCHASTIC:
@@ -170,13 +179,14 @@ def encode_tile(
     valid = row < rows
     inside = valid & (lane < GROUP)
     codes = ()
+    top: tl.constexpr = top_scale(LARGEST, x.dtype.element_ty)
     # fmt: off
     for run in tl.static_range(RUNS):
         column = inner + run * run_width
         here = inside & (inner < run_width) & (column < width)
         value = tl.load(x + row * row_stride + column * stride, mask=here, other=0.0).to(tl.float32)
         code = encode_run(value, run, valid, row, place, scales, seed, LENGTH, RUNS, GROUP, G,
-                          LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC)
+                          LARGEST, FACTOR, SMALLEST, ROUNDER, KEEP_ZERO, STOCHASTIC, top)
         codes = codes + (code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no unpacking)
     # fmt: on
     store_codes(codes, inside, row, inner, planes_0, planes_1, planes_2, LENGTH, BITS, WIDTHS, RUNS, LARGEST)

@@ -92,7 +92,6 @@ def decode_tile(
     T: tl.constexpr,
     G: tl.constexpr,
     LARGEST: tl.constexpr,
-    LIMIT: tl.constexpr,
 ) -> None:
     """out[rows, width], contiguous: T groups of each run, those of the program-th tile."""
     groups = LENGTH // GROUP
@@ -118,8 +117,6 @@ def decode_tile(
             code = whole.to(tl.float32) - LARGEST
         scale = tl.load(scales + (row * RUNS + run) * groups + place, mask=valid, other=0.0).to(tl.float32)
         value = code * scale
-        # NaN compares false: it stays.
-        value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))
         column = inner + run * run_width
         here = inside & (inner < run_width) & (column < width)
         tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=here)
@@ -127,9 +124,7 @@ def decode_tile(
 
 
 @triton.jit
-def decode_many_kernel(
-    outs, planes_0, planes_1, planes_2, scales, rows, firsts, SPECS: tl.constexpr, LIMIT: tl.constexpr
-) -> None:
+def decode_many_kernel(outs, planes_0, planes_1, planes_2, scales, rows, firsts, SPECS: tl.constexpr) -> None:
     """outs[i][rows[i], width] from its parts; the constants as in ``encode_many_kernel``."""
     program = tl.program_id(0)
     # fmt: off
@@ -138,7 +133,7 @@ def decode_many_kernel(
             at: tl.constexpr = FIELDS * i
             decode_tile(program - firsts[i], outs[i], planes_0[i], planes_1[i], planes_2[i], scales[i],
                         rows[i], SPECS[at], SPECS[at + 1], SPECS[at + 2], SPECS[at + 3], widths(SPECS[at + 3]),
-                        SPECS[at + 4], SPECS[at + 5], SPECS[at + 6], SPECS[at + 7], SPECS[at + 8], LIMIT)
+                        SPECS[at + 4], SPECS[at + 5], SPECS[at + 6], SPECS[at + 7], SPECS[at + 8])
     # fmt: on
 
 
@@ -181,8 +176,7 @@ def decode_many(
     if firsts[-1]:
         rows = tuple(len(x) for x in flat)
         specs = _specs(codecs, sizes)
-        limit = torch.finfo(dtype).max
-        decode_many_kernel[(firsts[-1],)](tuple(flat), *_pointers(given), rows, firsts, specs, limit, **OPTIONS)
+        decode_many_kernel[(firsts[-1],)](tuple(flat), *_pointers(given), rows, firsts, specs, **OPTIONS)
     return outs
 
 
@@ -193,9 +187,7 @@ def specialised(codecs: Sequence[Codec], width: int, dtype: str, *, decode: bool
     specs = _specs(codecs, [width] * many)
     types: list[Any] = [(f"*{dtype}",) * many, eight, eight, eight, ("*bf16",) * many]
     counts: tuple[str, ...] = ("i64",) * many
-    kernel, constant = (
-        (decode_many_kernel, {"SPECS": specs, "LIMIT": 3.3e38}) if decode else (encode_many_kernel, {"SPECS": specs})
-    )
+    kernel, constant = decode_many_kernel if decode else encode_many_kernel, {"SPECS": specs}
     types += [counts, ("i32",) * (many + 1)] if decode else [counts, counts, counts, ("i32",) * (many + 1)]
     signature = dict(zip(kernel.arg_names, [*types, *["constexpr"] * len(constant)], strict=True))
     aligned = {(i, j): [["tt.divisibility", 16]] for i in range(5) for j in range(many)}

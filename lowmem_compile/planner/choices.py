@@ -174,7 +174,7 @@ def exact_bytes(graph: fx.Graph, ctx: Context, saved: Sequence[fx.Node]) -> int:
 
 def code_bytes(match: Match, codec: Codec) -> int:
     """Bytes of the codes of a tensor; symbolic sizes by their hint."""
-    rows, width = rows_and_width(tensor_value(match.info.encoded), codec.group)
+    rows, width = rows_and_width(tensor_value(match.info.encoded), codec)
     if isinstance(width, int):
         return codec.nbytes(concrete(rows), width)
     return concrete(rows) * (concrete(width) * codec.bits // 8 + 2)

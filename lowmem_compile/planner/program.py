@@ -266,6 +266,8 @@ def _base(node: fx.Node) -> str:
 
 
 def _role(node: fx.Node) -> Role:
+    if node.target is torch.ops.lowmem.laid_out.default:
+        return "pointwise"  # lowered to its input
     if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "prims"):
         return "extern"
     base = _base(node)
