@@ -13,7 +13,14 @@ import triton.language as tl
 from lowmem_compile.gpu_free.specialised import Specialised
 from lowmem_compile.kernels.activation_codes.forward_triton import activation
 from lowmem_compile.kernels.group_codes.codec import Codec
-from lowmem_compile.kernels.group_codes.encode_triton import OPTIONS, constants, encode_run, store_codes, top_scale
+from lowmem_compile.kernels.group_codes.encode_triton import (
+    OPTIONS,
+    constants,
+    encode_run,
+    largest_number,
+    store_codes,
+    top_scale,
+)
 from lowmem_compile.kernels.group_codes.op import allocate
 
 
@@ -57,7 +64,7 @@ def gated_codes_kernel(
     inner = place * GROUP + lane
     valid = row < rows
     inside = valid & (lane < GROUP)
-    top: tl.constexpr = top_scale(LARGEST, a.dtype.element_ty)
+    top: tl.constexpr = top_scale(LARGEST, largest_number(a.dtype.element_ty))
     a_codes = ()
     b_codes = ()
     # fmt: off

@@ -55,12 +55,13 @@ def store_plane(
         tl.store(plane + (row * (RUNS * W // 8) + byte_run) * LENGTH + inner, packed.to(tl.uint8), mask=inside)
 
 
+top_scale = triton.constexpr_function(largest_scale)
+
+
 @triton.constexpr_function
-def top_scale(largest: float, dtype: tl.dtype) -> float:
-    """:func:`largest_scale` for x in ``dtype``."""
-    return largest_scale(
-        largest, torch.finfo({"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype.name]).max
-    )
+def largest_number(dtype: tl.dtype) -> float:
+    """The largest finite number of a floating-point type."""
+    return {"fp16": 65504.0, "bf16": 255 * 2.0**120, "fp32": (2**24 - 1) * 2.0**104}[dtype.name]
 
 
 @triton.jit
@@ -179,7 +180,7 @@ def encode_tile(
     valid = row < rows
     inside = valid & (lane < GROUP)
     codes = ()
-    top: tl.constexpr = top_scale(LARGEST, x.dtype.element_ty)
+    top: tl.constexpr = top_scale(LARGEST, largest_number(x.dtype.element_ty))
     # fmt: off
     for run in tl.static_range(RUNS):
         column = inner + run * run_width
