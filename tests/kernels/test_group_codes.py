@@ -330,6 +330,20 @@ def test_nbytes(width: int, rows: int, group: int, name: str) -> None:
     assert ours.shape == (rows, width)
 
 
+@pytest.mark.parametrize("width", [1, 48, 64, 100, 384])
+@pytest.mark.parametrize("name", [n for n in CODECS if n != "bf16"])
+def test_codes_written_for_loops_are_the_same(name: str, width: int) -> None:
+    codec = codec_named(name)
+    x = torch.randn(5, width) * 10 ** torch.randn(5, 1)
+    x[0, 0], x[1, -1], x[2], x[3, 0] = math.nan, math.inf, 0.0, 65504.0
+    for dtype in DTYPES:
+        parts = codec.encode(x.to(dtype))
+        for got, want in zip(codec.encode(x.to(dtype), in_loops=True), parts, strict=True):
+            assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+        got, want = (codec.decode(parts, width, dtype, in_loops=in_loops) for in_loops in (True, False))
+        assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
+
+
 @pytest.mark.e2e
 def test_inductor_makes_the_same_codes() -> None:
     """The rounding of the scale must survive in a fused loop, which drops a cast to bfloat16 and back."""

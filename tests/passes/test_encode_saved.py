@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -368,6 +369,19 @@ def test_transposed(name: str, dims: tuple[int, int]) -> None:
     check(graphs, model, [tokens()], 1.5 * CODECS[name].error)
     assert graphs.rewritten(NAME) == 1
     assert graphs.chosen.saved_bytes() == nbytes(name, 1024, WIDE)
+
+
+@pytest.mark.e2e
+def test_what_attention_reads_is_decoded_in_vector_loops() -> None:
+    """Runs of codes are a dimension of the loops: no element computes in which run it lies."""
+    torch._dynamo.reset()
+    model = torch.compile(Attention(fused=True).bfloat16(), backend="lowmem", options={"strict": True})
+    loss, _ = run_and_get_code(lambda: model(tokens().bfloat16()).float().square().mean())
+    _, sources = run_and_get_code(loss.backward)
+    source = "".join(sources)
+    assert "uint8_t*" in source
+    assert "div_floor_integer" not in source
+    assert "%" not in "".join(line for line in source.splitlines() if "in_ptr" in line)
 
 
 def test_short_last_dimensions_are_merged() -> None:
