@@ -134,7 +134,7 @@ def _introduction(workload: Workload) -> str:
 def _table(cell: CellResult) -> Table:
     title = f"{cell.title}, {cell.mode} fine-tuning, {cell.precision}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)  # fits a terminal of 80 columns
-    table.caption = "Step time: of Inductor's, median of paired ratios [90 % interval]. Gradient: to float32's."
+    table.caption = "Step time: of Inductor's, median of paired ratios, 90 % interval. Gradient: to float32's."
     table.caption_justify = "left"
     table.add_column("")
     for heading in (
@@ -160,7 +160,7 @@ def _row(v: VariantResult) -> list[str]:
     return [
         format_bytes(v.saved),
         format_bytes(v.peak),
-        f"{v.ratio:.2f}\n[{v.ratio_low:.2f}, {v.ratio_high:.2f}]",
+        f"{v.ratio:.2f}\n{v.ratio_low:.2f}–{v.ratio_high:.2f}",
         f"{v.cosine:.5f}",
         f"{v.losses[0]:.4f}",
         f"{v.losses[-1]:.4f}",
