@@ -262,6 +262,11 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
         "",
     ),
+    "accumulate_products": Reason(
+        "Gradient of a shared weight summed product by product",
+        "Each matrix product of the gradient takes the sum so far, and what it reads is freed; all were held until the end.",
+        "",
+    ),
     "update_in_backward": Reason(
         "Updated in the backward pass",
         "The parameter changes as soon as its gradient is there, and the gradient need not live until all are there.",

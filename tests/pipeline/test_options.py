@@ -159,6 +159,7 @@ def test_the_order_of_the_passes() -> None:
         "projection_taps",
         "norm_from_output",
         "approximate_activation",
+        "accumulate_products",
         "update_in_backward",
         "embedding_gradient",
         "recompute_saved",
