@@ -16,7 +16,7 @@ from lowmem_compile._torch import GraphTransformObserver, copy_graph, trace_stru
 from lowmem_compile.contract import Context, Decline, DescribingPass, JointPass, Match, Pass, Rewrite, Stage
 from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
-from lowmem_compile.passes.accumulate_products import AccumulateProducts
+from lowmem_compile.passes.accumulate_sums import AccumulateSums
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
 from lowmem_compile.passes.embedding_gradient import EmbeddingGradient
@@ -46,7 +46,7 @@ PASSES: tuple[Pass, ...] = (
     ProjectionTaps(),  # last of its stage: a head that the chunked loss takes is not tapped
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
-    AccumulateProducts(),  # before update_in_backward: what it updates with is the whole sum
+    AccumulateSums(),  # before update_in_backward: what it updates with is the whole sum
     UpdateInBackward(),  # before embedding_gradient: an embedding's update needs no gradient of the embedding's size
     EmbeddingGradient(),
     RecomputeSaved(),  # before the codecs: what it reads may be kept as codes

@@ -262,9 +262,9 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
         "",
     ),
-    "accumulate_products": Reason(
-        "Gradient of a shared weight summed product by product",
-        "Each matrix product of the gradient takes the sum so far, and what it reads is freed; all were held until the end.",
+    "accumulate_sums": Reason(
+        "Gradient of a shared vector summed term by term",
+        "Each sum is added as it is made, and what it reads is freed; one loop read all of it at the end of the backward pass.",
         "",
     ),
     "update_in_backward": Reason(

@@ -159,7 +159,7 @@ def test_the_order_of_the_passes() -> None:
         "projection_taps",
         "norm_from_output",
         "approximate_activation",
-        "accumulate_products",
+        "accumulate_sums",
         "update_in_backward",
         "embedding_gradient",
         "recompute_saved",
