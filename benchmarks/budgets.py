@@ -118,7 +118,7 @@ def main(
     for cell in (bar := tqdm([c for c in cells or CELLS if (c, layers, code) not in done])):
         bar.set_description(cell)
         model, precision, mode = cell.split("/")
-        workload = load(model, precision=precision, mode=mode, layers=layers or None)  # type: ignore[arg-type]
+        workload = load(model, precision=precision, mode=mode, layers=layers or None)
         result = {"cell": cell, "layers": layers, "code": code, **curve(workload, code=code)}
         with output.open("a") as file:
             file.write(json.dumps(result) + "\n")

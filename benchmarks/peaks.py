@@ -165,7 +165,7 @@ def main(
     for cell, name in bar:
         bar.set_description(f"{cell} {name}")
         model, precision, mode = cell.split("/")
-        workload = load(model, precision=precision, mode=mode, layers=layers or None)  # type: ignore[arg-type]
+        workload = load(model, precision=precision, mode=mode, layers=layers or None)
         with kernels(stubs=stub_kernels):
             found = measure(workload, SETTINGS[name])
         with output.open("a") as file:

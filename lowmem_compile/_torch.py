@@ -412,9 +412,9 @@ def generated_source(
     own = private.TracingContext(detect_fake_mode(inputs))  # some fields may be set only once a compile
     own.output_strides = []
     stop = unittest.mock.patch.object(private.graph.GraphLowering, "compile_to_module", keep)
-    settings = {"compile_threads": 1, "force_disable_caches": True, "cpp_wrapper": False, **patches}
+    settings = {"compile_threads": 1, "force_disable_caches": True, "cpp_wrapper": False, "triton.cudagraphs": False, **patches}
     with stop, private.tracing(own), inductor_config.patch(settings):
-        compile_fx_inner(gm, inputs, is_backward=is_backward, cudagraphs=False)
+        compile_fx_inner(gm, inputs, is_backward=is_backward)
     return found[0]
 
 

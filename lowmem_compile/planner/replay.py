@@ -122,7 +122,7 @@ class _Watch(TorchDispatchMode):
     """Gives the results of operations their blocks: that of an argument for a view of it, a new one for all others."""
 
     def __init__(self, ledger: _Ledger) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
