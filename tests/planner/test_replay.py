@@ -196,6 +196,7 @@ def test_the_same_for_models_of_transformers(family: str, setting: str) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_real_loops_allocate_as_little_as_stubs() -> None:
     torch.manual_seed(0)
     model = Bert()
@@ -321,6 +322,7 @@ def test_the_report_has_both_peaks_and_the_cache_keeps_them() -> None:
     assert "by the generated code" not in render_text(lowmem_compile.explain(model, x))
 
 
+@pytest.mark.slow
 def test_a_budget_in_bytes_holds_in_the_generated_code() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(*(Attention(causal=True) for _ in range(4))), torch.randn(8, LENGTH, WIDTH)
