@@ -38,6 +38,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "CustomPartitionerFn",
@@ -48,6 +49,7 @@ __all__ = [
     "NodeInfo",
     "OpOverload",
     "StableDecompositions",
+    "TorchDispatchMode",
     "cache_dir",
     "code_generation",
     "compile_fx",
@@ -164,11 +166,12 @@ def dry_run(
     observe: Callable[..., None] | None = None,
     *,
     curve: bool = False,
+    schedule: bool = False,
 ) -> None:
     """Compile ``model`` with lowmem up to code generation, run the graphs as captured, and throw the result away.
 
-    ``observe`` is called with the entry and the candidates of every training graph; ``curve`` as for the backend. The inputs may
-    be fake tensors.
+    ``observe`` is called with the entry and the candidates of every training graph; ``curve`` and ``schedule`` as for the
+    backend. The inputs may be fake tensors.
     """
     from lowmem_compile.backend import lowmem
 
@@ -176,7 +179,7 @@ def dry_run(
         return gm.forward
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        return lowmem(gm, example_inputs, options=options, inner_compile=capture, observe=observe, curve=curve)
+        return lowmem(gm, example_inputs, options=options, inner_compile=capture, observe=observe, curve=curve, schedule=schedule)
 
     torch._dynamo.reset_code_caches()
     with torch.enable_grad():
@@ -380,3 +383,73 @@ def code_generation() -> types.SimpleNamespace:
         triton_helpers=torch._inductor.runtime.triton_helpers,
         triton_heuristics=torch._inductor.runtime.triton_heuristics,
     )
+
+
+def compiled_frame() -> str:
+    """What Dynamo calls the Python frame it compiles at the moment; variants of a frame have the same name. Empty outside."""
+    from torch._guards import CompileContext
+
+    current = CompileContext.current_compile_id()
+    return "" if current is None or current.frame_id is None else f"frame {current.frame_id}"
+
+
+def compiled_source(compiled: Any) -> tuple[str, Mapping[str, torch.Tensor]] | None:
+    """The generated wrapper of what ``compile_fx_inner`` returned, and the constants it names; ``None`` if it is not Python."""
+    source = getattr(compiled, "source_code", None)
+    if not isinstance(source, str) or inductor_config.cpp_wrapper:
+        return None
+    return source, _tensors(getattr(compiled, "constants", None))
+
+
+def generated_source(
+    gm: fx.GraphModule, patches: Mapping[str, Any], *, is_backward: bool
+) -> tuple[str, Mapping[str, torch.Tensor]]:
+    """The wrapper that Inductor generates for an ATen graph, and the constants it names. Nothing is compiled or loaded.
+
+    Args:
+        gm: the graph; Inductor changes it.
+        patches: configuration on top of what is active.
+        is_backward: whether it is a backward graph.
+    """
+    private = code_generation()
+    inputs = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    found: list[tuple[str, Mapping[str, torch.Tensor]]] = []
+
+    def keep(lowering: Any) -> types.SimpleNamespace:
+        code = lowering.codegen()[0]
+        found.append((getattr(code, "value", code), _tensors(lowering.constants)))
+        lowering.cache_key, lowering.cache_path, lowering.cache_linemap = "generated", "/dev/null", []
+        return types.SimpleNamespace(call=None, __file__="/dev/null", key="generated")
+
+    own = private.TracingContext(detect_fake_mode(inputs))  # some fields may be set only once a compile
+    own.output_strides = []
+    stop = unittest.mock.patch.object(private.graph.GraphLowering, "compile_to_module", keep)
+    settings = {"compile_threads": 1, "force_disable_caches": True, "cpp_wrapper": False, "triton.cudagraphs": False, **patches}
+    with stop, private.tracing(own), inductor_config.patch(settings):
+        compile_fx_inner(gm, inputs, is_backward=is_backward)
+    return found[0]
+
+
+def _tensors(constants: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in (constants or {}).items() if isinstance(value, torch.Tensor)}
+
+
+@contextlib.contextmanager
+def stub_kernels(make: Callable[[], Any]) -> Iterator[None]:
+    """Let a generated wrapper that is executed in here take its kernels from ``make()`` in place of Inductor's compiler."""
+    import torch._inductor.async_compile as module
+
+    with unittest.mock.patch.object(module, "AsyncCompile", make):
+        yield
+
+
+def extern_kernels() -> Any:
+    """The namespace from which generated wrappers take library calls."""
+    from torch._inductor.select_algorithm import extern_kernels as namespace
+
+    return namespace
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share a storage, while one of them is alive; fake ones too."""
+    return int(tensor.untyped_storage()._cdata)

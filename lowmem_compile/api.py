@@ -38,15 +38,22 @@ def report(compiled: Any = None) -> Report:
 
 
 def explain(
-    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | None = None, curve: bool = False, **kwargs: Any
+    model: Callable[..., Any],
+    *inputs: Any,
+    options: Mapping[str, Any] | None = None,
+    curve: bool = False,
+    schedule: bool = False,
+    **kwargs: Any,
 ) -> Report:
-    """The report that compiling ``model`` for these inputs would give: no code is generated, nothing is trained.
+    """The report that compiling ``model`` for these inputs would give: nothing is compiled, nothing is trained.
 
     Args:
         model: an unmodified module or function.
         inputs: one batch, as in a call.
         options: as for ``torch.compile(..., backend="lowmem", options=...)``.
         curve: also find what other budgets would give, lowmem's and Inductor's own: bytes, estimated error and time.
+        schedule: also let Inductor generate its code, for its own partition and for lowmem's, and take their peaks and timelines
+            from that; otherwise they are estimated from the graphs.
         **kwargs: the arguments of the call that are given by name.
 
     Raises:
@@ -56,7 +63,7 @@ def explain(
     before = list(registry.ENTRIES)
     registry.ENTRIES.clear()
     try:
-        dry_run(model, inputs, kwargs, dict(options or {}), curve=curve)
+        dry_run(model, inputs, kwargs, dict(options or {}), curve=curve, schedule=schedule)
         graphs = tuple(e.report() for e in registry.ENTRIES)
     finally:
         registry.ENTRIES[:] = before

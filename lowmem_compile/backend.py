@@ -20,6 +20,7 @@ from lowmem_compile._torch import (
     StableDecompositions,
     compile_fx,
     copy_dynamo_module,
+    inductor_config,
     keep_inputs_whole,
     lay_out,
     list_mode_options,
@@ -36,6 +37,7 @@ from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, w
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, Candidates, budget_partitions, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
+from lowmem_compile.planner.generated import followed
 from lowmem_compile.registry import Entry, forget, register
 from lowmem_compile.registry import reset as reset_registry
 from lowmem_compile.saved import Partition
@@ -56,6 +58,7 @@ class Watch:
     observe: Callable[[Entry, Candidates], None] | None = None
     curve: bool = False
     device: str | None = None
+    schedule: bool = False
 
 
 def lowmem(
@@ -68,6 +71,7 @@ def lowmem(
     observe: Callable[[Entry, Candidates], None] | None = None,
     curve: bool = False,
     device: str | None = None,
+    schedule: bool = False,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph: rewrite it so that less is kept for the backward pass, then hand it to Inductor.
 
@@ -80,6 +84,8 @@ def lowmem(
         curve: collect for the report what budgets would give, Inductor's own too.
         observe: called with the partitions of the graph when they were made; not called when a cache answers.
         device: what code is generated for, if that is not where the tensors are; passes choose kernels by it.
+        schedule: also generate Inductor's code for its own partition and lowmem's, without compiling it, and take the report's
+            peaks from it (dry runs; a compile reads the code it generates anyway).
 
     Raises:
         OptionError: unknown or ill-typed option, unknown mode; before anything is traced.
@@ -96,7 +102,7 @@ def lowmem(
         graph: fx.GraphModule, inputs: list[Any], args: Sequence[Any], taps: Mapping[str, TapInput], planned: Sequence[Planned]
     ) -> Callable[..., Any]:
         return compile_graph(
-            graph, inputs, args, taps, planned, settings, dict(patches), inner_compile, Watch(observe, curve, device)
+            graph, inputs, args, taps, planned, settings, dict(patches), inner_compile, Watch(observe, curve, device, schedule)
         )
 
     if may_tap(settings) and not updates and parameter_positions(example_inputs):
@@ -155,6 +161,8 @@ def compile_graph(
     if inner_compile is not None:
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
+    elif settings.report and entry.training:
+        more["inner_compile"] = followed(entry.generated)
     try:
         table = decompositions(settings)
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, **more)
@@ -236,6 +244,7 @@ class Partitioner(CustomPartitionerFn):
     ) -> None:
         self.options, self.device, self.entry, self.watch = options, device, entry, watch or Watch()
         self.inputs, self.updates = inputs, updates
+        self.stock_config = {name: getattr(inductor_config, name) for name in OWN_CONFIG} | dict(options.inductor)
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         return self
@@ -251,6 +260,8 @@ class Partitioner(CustomPartitionerFn):
             "curve": self.watch.curve,
             "example_inputs": self.inputs,
             "updates": self.updates,
+            "schedule": self.watch.schedule,
+            "stock_config": self.stock_config,
         }
         ctx = Context(options=self.options, device=self.device, facts=facts)
         candidates = partition_joint(gm, joint_inputs, ctx, self.entry.recorder, kwargs)

@@ -19,6 +19,10 @@ class CalibrationError(LowMemError, RuntimeError):
     """``options["calibrate"]`` could not run the graph on the call's inputs; the message says why."""
 
 
+class ScheduleError(LowMemError, RuntimeError):
+    """The memory of generated code could not be followed; the message says why."""
+
+
 class PassError(LowMemError, RuntimeError):
     """A pass failed while ``strict=True``; the message names the pass."""
 

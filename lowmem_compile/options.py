@@ -23,7 +23,7 @@ Fold = Literal["auto", "always", "never"]
 Loss = Literal["auto", "never"]
 CodeBits = Literal[2, 4]
 SlopeBits = Literal[4, 5, 6, 7, 8]
-CodecName = Literal["auto", "none", "bf16", "int10", "int8", "int7", "int6", "int5", "int4", "int3"]
+CodecName = Literal["auto", "none", "bf16", "int10", "int8", "int7", "int6", "int5", "int4", "int3", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
 Check = Literal["off", "lint", "full"]
 
@@ -47,7 +47,7 @@ class Options:
         chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
         codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; ``"int10"`` for queries,
             keys, values and outputs of a fused attention), ``"none"``,
-            ``"bf16"``, or ``"int10"`` to ``"int3"``, group-wise codes of so many bits.
+            ``"bf16"``, ``"int10"`` to ``"int3"``, group-wise codes of so many bits, or ``"fp8"``, group-wise ``float8_e4m3fn``.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).
         memory_budget: what may be kept for the backward pass: a share of the bytes Inductor would save (``0.3``), or a peak
@@ -104,6 +104,11 @@ class Options:
             raise OptionError(
                 f"options['calibrate'] measures where codes do no harm; options[{named!r}] = {getattr(self, named)!r} leaves "
                 "nothing to choose. Leave one of them out."
+            )
+        if self.codec == "fp8" and self.rounding == "stochastic":
+            raise OptionError(
+                "options['codec'] = 'fp8' rounds to nearest; options['rounding'] = 'stochastic' is for integer codes such as "
+                "'int8'."
             )
         if self.disable:
             from lowmem_compile.pipeline import pass_names

@@ -15,7 +15,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -27,7 +27,7 @@ from lowmem_compile._torch import (
     select_decomp_table,
 )
 from lowmem_compile.contract import Context, Rewrite, Stage
-from lowmem_compile.errors import CalibrationError
+from lowmem_compile.errors import CalibrationError, ScheduleError
 from lowmem_compile.graph import copy_module, decompose, is_tangent, placeholders, storage_root
 from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
 from lowmem_compile.passes.approximate_activation import ACTIVATIONS
@@ -37,10 +37,12 @@ from lowmem_compile.planner.calibrate import Measured, measure
 from lowmem_compile.planner.choices import LADDER, encodable
 from lowmem_compile.planner.coarse import coarse_peak
 from lowmem_compile.planner.curve import INDUCTOR_BUDGETS, curve_of, planned_tensors
+from lowmem_compile.planner.generated import generated_timeline
+from lowmem_compile.planner.in_code import met_in_code
 from lowmem_compile.planner.plan import SMALLEST_GRAPH, Plan, Planner
 from lowmem_compile.planner.timeline import peak, simulate
 from lowmem_compile.recompute import choose_saved
-from lowmem_compile.reporting.model import CurvePoint, PlannedTensor
+from lowmem_compile.reporting.model import CurvePoint, PlannedTensor, TimelinePoint
 from lowmem_compile.saved import Partition
 from lowmem_compile.tapping import remove_taps
 
@@ -68,6 +70,9 @@ class Candidates:
     context: Context
     planned: tuple[PlannedTensor, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    schedules: Mapping[str, tuple[TimelinePoint, ...]] = field(default_factory=dict)
+    """Timelines by the code that Inductor generates, of the contenders for which it was generated here."""
+    not_replayed: str = ""
 
     @property
     def before_codecs(self) -> Partition:
@@ -145,7 +150,7 @@ def partition_joint(
     winner = partitions[chosen]
     wants_plan = ctx.options.memory_budget is not None or ctx.options.calibrate
     planner = planner_of(winner, ctx) if wants_plan or ctx.facts.get("curve") else None
-    plan = None if planner is None else plan_for(planner, partitions["inductor"], ctx)
+    plan = None if planner is None else plan_for(planner, winner, partitions["inductor"], ctx)
     ctx = replace(ctx, facts={**ctx.facts, "plan": plan})
     compiled = after_saved_stage(winner, ctx, recorder)
     recorder.dump("forward", compiled.forward)
@@ -161,10 +166,21 @@ def partition_joint(
             **budget_partitions(gm, joint_inputs, kwargs),
         }
         curve = curve_of(planner, rivals)
-    return Candidates(partitions, chosen, compiled, recorder, ctx, planned, curve)
+    schedules, not_replayed = schedules_of(compiled, partitions["inductor"], ctx) if ctx.facts.get("schedule") else ({}, "")
+    return Candidates(partitions, chosen, compiled, recorder, ctx, planned, curve, schedules, not_replayed)
 
 
-def plan_for(planner: Planner, inductor: Partition, ctx: Context) -> Plan | None:
+def schedules_of(compiled: Partition, inductor: Partition, ctx: Context) -> tuple[dict[str, tuple[TimelinePoint, ...]], str]:
+    """Timelines of lowmem and of Inductor by the code that Inductor generates, or why there are none."""
+    try:
+        stock = generated_timeline(stock_of(inductor, ctx), ctx.facts["stock_config"])
+        return {"inductor": stock, "lowmem": generated_timeline(compiled, {})}, ""
+    except ScheduleError as error:
+        log.warning("peaks stay estimates: %s", error)
+        return {}, str(error)
+
+
+def plan_for(planner: Planner, winner: Partition, inductor: Partition, ctx: Context) -> Plan | None:
     """The plan for ``options["memory_budget"]`` or ``options["calibrate"]``, or ``None`` without them.
 
     Raises:
@@ -178,9 +194,17 @@ def plan_for(planner: Planner, inductor: Partition, ctx: Context) -> Plan | None
         return None
     if ctx.options.memory_budget is None:
         return planner.careful() if planner.measured else None
-    plan = planner.meet(budget_of(ctx.options.memory_budget), stock.saved_bytes(), peak(simulate(stock)))
+    budget = budget_of(ctx.options.memory_budget)
+    if budget.share is not None:
+        plan = planner.meet(budget, stock.saved_bytes(), peak(simulate(stock)))
+    else:
+        plan = met_in_code(planner, budget, stock, lambda p: generated_timeline(_applied(p, winner, ctx), {}))
     log.info("plan: %s", plan)
     return plan
+
+
+def _applied(plan: Plan, winner: Partition, ctx: Context) -> Partition:
+    return after_saved_stage(winner, replace(ctx, facts={**ctx.facts, "plan": plan}), Recorder())
 
 
 def stock_of(inductor: Partition, ctx: Context) -> Partition:

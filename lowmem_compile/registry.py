@@ -11,18 +11,20 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from lowmem_compile._torch import functorch_config, inductor_cache_dir
+from lowmem_compile._torch import compiled_frame, functorch_config, inductor_cache_dir
+from lowmem_compile.errors import ScheduleError
 from lowmem_compile.options import Options
 from lowmem_compile.pipeline import Recorder
-from lowmem_compile.planner.timeline import simulate
-from lowmem_compile.reporting.model import CONTENDERS, GraphReport, SavedTensor, TimelinePoint
+from lowmem_compile.planner.replay import Code, replay
+from lowmem_compile.planner.timeline import peak, shortened, simulate
+from lowmem_compile.reporting.model import CONTENDERS, GraphReport, Phase, SavedTensor, TimelinePoint
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,14 @@ class Entry:
     baseline: Callable[[], dict[str, Any]] | None = None
     """Counts what Inductor would save for the graph as Dynamo captured it, when passes changed it before AOTAutograd."""
     counted: dict[str, Any] | None = None
+    codes: dict[Phase, Code | None] = field(default_factory=dict)
+    """What Inductor generated, until both graphs are there."""
+    user_outputs: int = 0
+    frame: str = ""
 
     def partitioned(self, candidates: Any) -> None:
         """Called by the partitioner: keep the report, and write it beside the cache."""
-        self.chosen = candidates.chosen
+        self.chosen, self.user_outputs = candidates.chosen, candidates.compiled.num_user_outputs
         if not self.options.report:
             return
         partitions = dict(candidates.partitions)
@@ -55,6 +61,8 @@ class Entry:
         partitions.update({n: p for n, p in (self.baseline_partitions() or {}).items() if n in CONTENDERS})
         saved = {name: p.saved_tensors() for name, p in partitions.items()}
         timelines = {name: simulate(p) for name, p in partitions.items()}
+        estimated = {name: peak(timelines[name]) for name in candidates.schedules}
+        timelines.update({name: shortened(points) for name, points in candidates.schedules.items()})
         if self.eager[0]:
             saved["eager"], timelines["eager"] = self.eager
         dump = self.recorder.dump_dir
@@ -67,9 +75,41 @@ class Entry:
             passes=tuple(self.recorder.runs),
             dump_dir=None if dump is None else str(dump),
             from_cache=False,
+            frame=self.frame,
             planned=candidates.planned,
             curve=candidates.curve,
+            estimated=estimated,
+            not_replayed=candidates.not_replayed,
         )
+        self.write()
+
+    def generated(self, phase: Phase, code: Code | None) -> None:
+        """Called when Inductor has generated the code of a graph: with both, the report's timeline is that of the code."""
+        self.codes[phase] = code
+        if self.graph_report is None or len(self.codes) < 2:
+            return
+        forward, backward = self.codes["forward"], self.codes["backward"]
+        self.codes = {}
+        try:
+            points = replay(forward, backward, self.user_outputs)
+        except ScheduleError as error:
+            log.warning("%s: the report's peak stays an estimate: %s", self.graph_id, error)
+            self.graph_report = replace(self.graph_report, not_replayed=str(error))
+            self.write()
+            return
+        estimate = peak(self.graph_report.timelines["lowmem"])
+        self.graph_report = replace(
+            self.graph_report,
+            timelines={**self.graph_report.timelines, "lowmem": shortened(points)},
+            estimated={**self.graph_report.estimated, "lowmem": self.graph_report.estimated.get("lowmem", estimate)},
+        )
+        log.info("peak of %s: %d bytes by the generated code, %d estimated", self.graph_id, peak(points), estimate)
+        self.write()
+
+    def write(self) -> None:
+        """Hand the report to structured tracing, and write it beside the dumps and Inductor's cache."""
+        assert self.graph_report is not None
+        dump = self.recorder.dump_dir
         text = self.graph_report.to_json()
         self.recorder.trace("lowmem_report", lambda: text)
         if dump is not None:
@@ -89,7 +129,7 @@ class Entry:
         """The report of this graph; from the file beside the cache if the compile was a cache hit."""
         if self.graph_report is None and self.training and self.sidecar().exists():
             loaded = GraphReport.from_json(self.sidecar().read_text(encoding="utf-8"))
-            self.graph_report = replace(loaded, graph_id=self.graph_id, from_cache=True)
+            self.graph_report = replace(loaded, graph_id=self.graph_id, frame=self.frame, from_cache=True)
         if self.graph_report is None:
             return GraphReport(
                 graph_id=self.graph_id,
@@ -129,6 +169,7 @@ def register(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
         training=training,
         parameters=[weakref.ref(t) for t in tensors if isinstance(t, torch.nn.Parameter)],
         frames=frames_of(gm.graph),
+        frame=compiled_frame(),
     )
     if training and options.report:
         from lowmem_compile.planner.eager import eager_memory

@@ -1,4 +1,4 @@
-"""Floating-point tensors that cross from forward to backward are kept as group-wise integer codes.
+"""Floating-point tensors that cross from forward to backward are kept as group-wise codes: integers, or float8.
 
     before   forward returns x: bf16[..., D];  backward reads x
     after    forward returns q: i8[..., D], s: bf16[..., D/g];  backward: x̃ = q · s, where x is read
@@ -198,7 +198,7 @@ def _useless(codec: Codec, value: torch.Tensor) -> Decline | None:
 def has_kernel(codec: Codec, value: torch.Tensor, ctx: Context) -> bool:
     """Whether a kernel of ours writes and reads these codes: static rows, rounded to nearest, a GPU, and Triton."""
     _, width = rows_and_width(value, codec)
-    return codec.bits != 16 and not codec.stochastic and isinstance(width, int) and runs_triton(ctx.device)
+    return codec.bits != 16 and not codec.floating and not codec.stochastic and isinstance(width, int) and runs_triton(ctx.device)
 
 
 def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:

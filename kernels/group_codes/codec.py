@@ -10,14 +10,23 @@ byte: element k of R runs lies in bits w·(k // (R/r)) of the bytes of run k % (
 bits, 2 at 4, 4 at 6 and 10, 8 at odd widths. All loads and stores are contiguous along a run, which is what vector units want.
 
 The scale is rounded to bfloat16 before it divides (upwards for more than 8 bits), so it costs range (at most 2⁻⁷), not accuracy.
-No clamp is needed: |x / s| <= m·(1 + 2⁻⁸) rounds to at most m for m <= 127, and |x / s| <= m where the scale is rounded up.
+No clamp is needed: |x / s| <= m·(1 + 2⁻⁸) rounds to at most m for m <= 127, and for 448 in float8; where the scale is rounded
+up, |x / s| <= m.
+
+``fp8`` has the scales of 8 bits with m = 448, and stores x / s itself, as ``float8_e4m3fn`` (4 exponent, 3 mantissa bits):
+
+    encode    s = bf16(max |x| / 448) per group,   q = float8(x / s)
+    decode    x̃ = q · s                            |x̃ - x| <= max(2⁻⁴ |x|, 2⁻¹⁰ s)
+
+Its error is a share of each element, that of integer codes a share of the group's largest: integers are closer for most tensors.
 
 NaN and Inf: the group's scale is NaN, and all its elements decode to NaN. Nothing outside the group changes.
 Zeros: s = 0, decodes to 0; so does a group whose scale would be subnormal. A decoded value never exceeds the dtype's range:
 where m·s would, s is the next bfloat16 below, and x is divided by max |x| / m (an error of 2⁻⁷ at most).
 Numerics class: APPROXIMATE.
 
-Errors for a Gaussian row at g = 64, relative root mean square: 0.15 % at 10 bits, 0.6 % at 8, 2.4 % at 6, 5 % at 5, 11 % at 4.
+Errors for a Gaussian row at g = 64, relative root mean square: 0.15 % at 10 bits, 0.6 % at 8, 2.4 % at 6, 5 % at 5, 11 % at 4;
+2.6 % for fp8.
 """
 
 from __future__ import annotations
@@ -37,6 +46,9 @@ Size = int | torch.SymInt
 WIDTHS = (8, 4, 2, 1)
 LANES = 16
 """Elements of float32 that a vector unit of a CPU takes at once, at most."""
+FLOAT8 = torch.float8_e4m3fn
+SMALLEST_FLOAT8 = 2.0**-9
+"""The smallest denormal."""
 SMALLEST_SCALE = 2.0**-126
 """The smallest normal number; groups with a smaller scale decode to zero."""
 
@@ -48,6 +60,7 @@ class Codec:
     Attributes:
         name: as in ``options["codec"]``.
         bits: bits an element, scales not counted; 16 is a cast to bfloat16, without scales.
+        floating: codes are ``float8_e4m3fn`` and not integers (8 bits, rounded to nearest).
         group: elements that share a scale, at most (see :func:`group_size`).
         keep_zero: zero decodes to zero and nothing else does; its sign is kept too. For tensors that backward compares
             with zero, such as the output of ReLU.
@@ -60,11 +73,12 @@ class Codec:
     group: int = 64
     keep_zero: bool = False
     stochastic: bool = False
+    floating: bool = False
 
     @property
     def largest(self) -> int:
         """The largest magnitude of a code."""
-        return int(2 ** (self.bits - 1) - 1)
+        return int(torch.finfo(FLOAT8).max) if self.floating else int(2 ** (self.bits - 1) - 1)
 
     @property
     def runs(self) -> int:
@@ -75,8 +89,10 @@ class Codec:
     def error(self) -> float:
         """Estimated relative root mean square error of a decoded tensor (Gaussian rows; groups of 64: max ≈ 2.65 σ).
 
-        step/√12 with step = 2.65 σ/m; for 16 bits the rounding of bfloat16. Stochastic rounding: √2 times that.
+        step/√12 with step = 2.65 σ/m; for 16 bits and for float8 the rounding of the format. Stochastic rounding: √2 times that.
         """
+        if self.floating:
+            return float(0.73 * 2**-3 / 12**0.5)
         if self.bits == 16:
             return float(0.73 * 2**-7 / 12**0.5)
         return 2.65 / self.largest / 12**0.5 * (2**0.5 if self.stochastic else 1)
@@ -88,7 +104,7 @@ class Codec:
         time, and largest magnitudes are taken of whole vectors first.
 
         Returns:
-            One tensor a plane, uint8 [..., R·L·w/8] (int8 [..., L] at 8 bits), then the scales, bfloat16 [..., R·L/g].
+            One tensor a plane, uint8 [..., R·L·w/8] (int8 or float8 [..., L] at 8 bits), then the scales, bfloat16 [..., R·L/g].
             At 16 bits: x in bfloat16.
         """
         if self.bits == 16:
@@ -109,7 +125,8 @@ class Codec:
         scale = torch.where(usable, wide.clamp(max=top), torch.where(exact < SMALLEST_SCALE, 0.0, math.nan)).to(torch.bfloat16)
         code = torch.where(inverse > 0.0, self._round(cells * inverse, cells), 0.0)
         code = code.reshape(*x.shape[:-1], runs, length)
-        parts = [code.to(torch.int8).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
+        narrow = FLOAT8 if self.floating else torch.int8
+        parts = [code.to(narrow).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
         return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
 
     def decode(self, parts: tuple[Tensor, ...], width: Size, dtype: torch.dtype, *, in_loops: bool = False) -> Tensor:
@@ -158,6 +175,11 @@ class Codec:
         return torch.rand_like(value)
 
     def _round(self, value: Tensor, x: Tensor) -> Tensor:
+        if self.floating:  # the cast to float8 rounds
+            if not self.keep_zero:
+                return value
+            least = torch.where(x > 0, SMALLEST_FLOAT8, torch.where(x < 0, -SMALLEST_FLOAT8, 0.0))
+            return torch.where(value.abs() < SMALLEST_FLOAT8, least, value)
         if self.stochastic:
             rounded = torch.floor(value + self._uniform(value)).clamp(-float(self.largest), float(self.largest))
         else:
@@ -269,15 +291,19 @@ def _unpack_plane(plane: Tensor, w: int, runs: int, length: int) -> Tensor:
     return out.reshape(*lead, runs, length)
 
 
-CODECS: Mapping[str, Codec] = {c.name: c for c in (Codec("bf16", 16), *(Codec(f"int{b}", b) for b in (10, 8, 7, 6, 5, 4, 3)))}
+INTEGERS = tuple(Codec(f"int{b}", b) for b in (10, 8, 7, 6, 5, 4, 3))
+CODECS: Mapping[str, Codec] = {c.name: c for c in (Codec("bf16", 16), *INTEGERS, Codec("fp8", 8, floating=True))}
 
 
 def codec_named(name: str, *, group: int = 64, stochastic: bool = False, keep_zero: bool = False) -> Codec:
     """A codec of :data:`CODECS` with these settings.
 
     Raises:
-        ValueError: there is no such codec; the message lists those there are.
+        ValueError: there is no such codec (the message lists those there are), or it cannot round stochastically.
     """
     if name not in CODECS:
         raise ValueError(f"no codec {name!r}; there are {', '.join(CODECS)}")
-    return Codec(name, CODECS[name].bits, group, keep_zero, stochastic)
+    floating = CODECS[name].floating
+    if floating and stochastic:
+        raise ValueError(f"codec {name!r} rounds to nearest; stochastic rounding is for integer codes")
+    return Codec(name, CODECS[name].bits, group, keep_zero, stochastic, floating)

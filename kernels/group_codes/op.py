@@ -50,7 +50,7 @@ def codec_of(bits: int, group: int, keep_zero: bool, seed: torch.Tensor | None) 
     """
     name = f"int{bits}"
     if name not in CODECS:
-        raise ValueError(f"no integer codec has {bits} bits; there are {', '.join(n for n in CODECS if n != 'bf16')}")
+        raise ValueError(f"no integer codec has {bits} bits; there are {', '.join(n for n in CODECS if n.startswith('int'))}")
     return Codec(name, bits, group, keep_zero, stochastic=seed is not None)
 
 

@@ -36,7 +36,7 @@ from lowmem_compile.planner.program import Op, Program
 from lowmem_compile.rematerialise import Recipe, recipe_of
 from lowmem_compile.sensitivity import becomes_gradient
 
-LADDER: tuple[CodecName, ...] = ("int10", "int8", "int6", "int5", "int4")
+LADDER: tuple[CodecName, ...] = ("bf16", "int10", "int8", "int6", "int5", "int4")
 ORDINARY, SCORED, ATTENDED = 4.0, 40.0, 12.0
 """Prior Σ s² of ordinary saved tensors, of queries and keys, and of values and outputs of attention."""
 BALANCE = {"cpu": 30.0, "cuda": 300.0}

@@ -23,8 +23,8 @@ from lowmem_compile.saved import Partition, kind_of
 if TYPE_CHECKING:
     from torch import fx
 
-LOWMEM_BUDGETS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08)
-INDUCTOR_BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.1)
+LOWMEM_BUDGETS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03)
+INDUCTOR_BUDGETS = (0.7, 0.5, 0.35, 0.25, 0.1)
 
 
 def planned_tensors(planner: Planner, plan: Plan | None, partition: Partition) -> tuple[PlannedTensor, ...]:

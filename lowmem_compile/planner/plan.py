@@ -176,13 +176,26 @@ class Planner:
                 program = program.encoded(crossing, kept)
         return program
 
-    def meet(self, budget: Budget, inductor: int, room: int = 0) -> Plan:
+    def nearest(self, ceiling: int, inductor: int) -> Plan:
+        """The plan of the largest cap whose simulated peak is not above ``ceiling``, or else the one of the lowest peak."""
+        lowest: Plan | None = None
+        for ratio in RUNGS:
+            plan = self.solve(int(ratio * inductor))
+            if plan is None:
+                break
+            if plan.peak <= ceiling:
+                return plan
+            lowest = plan if lowest is None or plan.peak < lowest.peak else lowest
+        return lowest if lowest is not None else self.plan_of({item.root: "exact" for item in self.items})
+
+    def meet(self, budget: Budget, inductor: int, room: int = 0, off: int = 0) -> Plan:
         """The plan for a budget.
 
         Args:
             budget: share or peak.
             inductor: bytes that Inductor saves for this graph.
             room: Inductor's own simulated peak, for the message.
+            off: bytes that a real peak is above a simulated one.
 
         Raises:
             BudgetError: no plan meets it; the message says what the minimum is.
@@ -197,7 +210,7 @@ class Planner:
             plan = self.solve(cap)
             if plan is None:
                 break
-            if budget.peak is not None and plan.peak <= budget.peak:
+            if budget.peak is not None and plan.peak + off <= budget.peak:
                 return plan
             lowest = plan.peak if lowest is None else min(lowest, plan.peak)
             if budget.share is not None and cap <= wanted:
@@ -215,7 +228,7 @@ class Planner:
                 f"{_mib(inductor)}. Ask for more than that, or release what options['keep_exact'] pins."
             )
         assert budget.peak is not None
-        reached = min(least.peak, lowest if lowest is not None else least.peak)
+        reached = min(least.peak, lowest if lowest is not None else least.peak) + off
         raise BudgetError(
             f"options['memory_budget'] asks for a peak of {_mib(budget.peak)}; the lowest this graph can reach is "
             f"{_mib(reached)} (Inductor: {_mib(room)}), beyond parameters, buffers, inputs and optimizer state. "

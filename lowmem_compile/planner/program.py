@@ -26,6 +26,7 @@ from lowmem_compile.graph import (
     output_values,
     storage_root,
     tensor_of,
+    tensor_value,
 )
 from lowmem_compile.planner.scratch import scratch_bytes
 from lowmem_compile.saved import Partition
@@ -289,7 +290,10 @@ def repeatable(node: fx.Node) -> bool:
 
 
 def _flops(node: fx.Node) -> int:
-    """2·M·K·N of a matrix product, 4·N·S·D of an attention over S keys; 0 for everything else."""
+    """2·M·K·N of a matrix product (of which the chunked loss makes three), 4·N·S·D of an attention over S keys; else 0."""
+    if str(node.target) == "lowmem.linear_cross_entropy.default":
+        hidden, weight = node.all_input_nodes[:2]
+        return 6 * numel(hidden) * concrete(tensor_value(weight).shape[0])
     if "scaled_dot_product" in str(node.target) and "backward" not in str(node.target):
         query, key = tensor_of(argument(node, 0)), tensor_of(argument(node, 1))
         return 0 if query is None or key is None else 4 * concrete(query.numel()) * concrete(key.shape[-2])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,9 +38,24 @@ def scratch_bytes(node: fx.Node) -> int:
     return 0
 
 
+def call_scratch(target: Any, args: Sequence[Any]) -> int:
+    """The same for a call with tensors, such as fake ones, in place of nodes."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if str(target) == "lowmem.linear_cross_entropy.default":
+        return _chunks(tensors[0], tensors[1])
+    if target not in CONVOLUTIONS or profiler_is_on() or any(t.device.type != "cpu" for t in tensors):
+        return 0
+    if sum(t.numel() * t.element_size() for t in tensors) > LARGEST:
+        return 0
+    return _measured(target, tuple(_argument(a) for a in args))
+
+
 def _of_loss(node: fx.Node) -> int:
     """Logits of a chunk, and their gradient beside them."""
-    hidden, weight = tensor_value(node.all_input_nodes[0]), tensor_value(node.all_input_nodes[1])
+    return _chunks(tensor_value(node.all_input_nodes[0]), tensor_value(node.all_input_nodes[1]))
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> int:
     rows, vocabulary = concrete(hidden.shape[0]), concrete(weight.shape[0])
     return 2 * chunk_rows(rows, vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
 
@@ -56,15 +72,22 @@ def _of_convolution(node: fx.Node) -> int:
 
 
 def _signature(argument: Any) -> Any:
-    if isinstance(argument, fx.Node):
-        value = tensor_value(argument)
-        return ("tensor", tuple(value.shape), value.dtype)
+    if not isinstance(argument, fx.Node):
+        return _argument(argument)
+    value = tensor_value(argument)  # what is known before code is generated: Inductor lays images out with the channels last
+    format = torch.channels_last if value.dim() == 4 else torch.contiguous_format  # noqa: A001
+    return _argument(torch.empty(value.shape, dtype=value.dtype, device="meta").to(memory_format=format))
+
+
+def _argument(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return ("tensor", tuple(argument.shape), tuple(argument.stride()), argument.dtype)
     return tuple(argument) if isinstance(argument, list) else argument
 
 
 @functools.cache
 def _measured(target: Any, given: tuple[Any, ...]) -> int:
-    """What one call on zeros takes beyond its results, layouts as Inductor lays them out (channels-last)."""
+    """What one call on zeros of these layouts takes beyond its results."""
     with unset_fake_temporarily(), torch.no_grad():
         args = [_zeros(a) for a in given]
         target(*args)  # the first call of a shape also builds its kernels
@@ -75,6 +98,5 @@ def _measured(target: Any, given: tuple[Any, ...]) -> int:
 
 def _zeros(argument: Any) -> Any:
     if isinstance(argument, tuple) and argument[:1] == ("tensor",):
-        value = torch.zeros(argument[1], dtype=argument[2])
-        return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+        return torch.empty_strided(argument[1], argument[2], dtype=argument[3]).zero_()
     return list(argument) if isinstance(argument, tuple) else argument

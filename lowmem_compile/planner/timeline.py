@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from lowmem_compile.planner.kernels import Kernel, kernels_of
 from lowmem_compile.planner.program import Op, Program, program_of
-from lowmem_compile.reporting.model import TimelinePoint
+from lowmem_compile.reporting.model import PHASES, TimelinePoint
 from lowmem_compile.saved import Partition
 
 MOST_POINTS = 300
@@ -35,6 +35,15 @@ def timeline(program: Program) -> tuple[TimelinePoint, ...]:
     """The same for a program."""
     forward, backward = kernel_points(program)
     return (*thinned(forward), *thinned(backward))
+
+
+def shortened(points: Sequence[TimelinePoint]) -> tuple[TimelinePoint, ...]:
+    """Both phases of a timeline :func:`thinned`; the last point of each, what stays, is kept."""
+    found: list[TimelinePoint] = []
+    for phase in PHASES:
+        mine = [p for p in points if p.phase == phase]
+        found += [*thinned(mine[:-1]), *mine[-1:]]
+    return tuple(found)
 
 
 def kernel_points(program: Program, device: str = "cpu", *, hold: bool = True) -> tuple[list[TimelinePoint], list[TimelinePoint]]:

@@ -134,6 +134,7 @@ def _graph_view(graph: GraphReport, number: int) -> dict[str, Any]:
         "note": "" if graph.has_figures else summary.no_figures_note(graph),
         "bars": charts.saved_bars(graph),
         "timeline": charts.memory_timeline(graph),
+        "peaks": summary.peaks_note(graph),
         "curve": budget_curve(graph),
         "legend": [(kind, KIND_NOTES[kind]) for kind in KINDS if kind in present],
         "contenders": [(name, graph.saved_bytes(name), graph.peak_point(name)) for name in shown],

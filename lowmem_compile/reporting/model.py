@@ -25,6 +25,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 ACTIONS: tuple[Action, ...] = get_args(Action)
 NUMERICS: tuple[Numerics, ...] = get_args(Numerics)
 CONTENDERS: tuple[Contender, ...] = get_args(Contender)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 SCHEMA = 1
 
 
@@ -175,6 +176,11 @@ class GraphReport(JsonRecord):
     `ban_recompute_materialized_backward=False`) and "lowmem". A contender that was not measured is absent. A
     timeline is in the order of execution, the forward pass before the backward pass. `planned` is filled where a budget
     was given or the curve was asked for, `curve` where it was asked for.
+
+    The timeline of a contender in `estimated` is that of the code Inductor generated for it; the value there is the peak in bytes
+    that was estimated from the graph before. Other timelines are such estimates. `not_replayed` says why the generated code of
+    this compile could not be followed, and is empty otherwise. Graphs with the same `frame` are variants of one another, compiled
+    for other inputs or settings.
     """
 
     graph_id: str
@@ -187,10 +193,13 @@ class GraphReport(JsonRecord):
     from_cache: bool = False
     planned: tuple[PlannedTensor, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    estimated: Mapping[str, int] = field(default_factory=dict)
+    not_replayed: str = ""
+    frame: str = ""
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, get_args(Mode))
-        for key in (*self.saved, *self.timelines):
+        for key in (*self.saved, *self.timelines, *self.estimated):
             _one_of("contender", key, CONTENDERS)
         for key, points in self.timelines.items():
             phases = [point.phase for point in points]
@@ -257,6 +266,33 @@ class Report(JsonRecord):
         figures = [graph.saved_bytes(contender) for graph in self.training_graphs]
         known = [figure for figure in figures if figure is not None]
         return sum(known) if known else None
+
+    def step_peak(self, contender: str) -> int | None:
+        """The most bytes `contender` has alive at once in a step that runs all training graphs; None where one has no timeline.
+
+        The graphs run forward in their order, and backward in reverse. While one runs, those before it keep what they saved,
+        and those whose backward pass has ended keep their gradients. Of the recompiled variants of a graph the one of the highest
+        peak counts. A graph that runs several times in a step counts once.
+        """
+        frames: dict[str, GraphReport] = {}
+        for graph in self.training_graphs:
+            if not graph.timelines.get(contender):
+                return None
+            name = graph.frame or graph.graph_id
+            if name not in frames or (graph.peak(contender) or 0) > (frames[name].peak(contender) or 0):
+                frames[name] = graph
+        timelines = [graph.timelines[contender] for graph in frames.values()]
+        if not timelines:
+            return None
+        phases = [{phase: [p.live_bytes for p in t if p.phase == phase] for phase in PHASES} for t in timelines]
+        kept = [phase["forward"][-1] if phase["forward"] else 0 for phase in phases]
+        left = [phase["backward"][-1] if phase["backward"] else 0 for phase in phases]
+        highest = 0
+        for i, phase in enumerate(phases):
+            forward = sum(kept[:i]) + max(phase["forward"], default=0)
+            backward = sum(kept[:i]) + sum(left[i + 1 :]) + max(phase["backward"], default=0)
+            highest = max(highest, forward, backward)
+        return highest
 
     def count(self, action: Action) -> int:
         """How many sites of all graphs ended in `action`."""

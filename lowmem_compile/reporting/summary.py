@@ -149,6 +149,16 @@ def gradients_note(graphs: Iterable[GraphReport]) -> tuple[str, str]:
     return "exact", "no rewrite changed them"
 
 
+def peaks_note(graph: GraphReport) -> str:
+    """Return where the peaks come from: the generated code, for some contenders, or the graph alone."""
+    known = [name for name in CONTENDERS if name in graph.estimated and graph.peak(name) is not None]
+    if known:
+        figures = ", ".join(f"{CONTENDER_NAMES[n]} {format_bytes(graph.peak(n) or 0)}" for n in known)
+        before = ", ".join(format_bytes(graph.estimated[n]) for n in known)
+        return f"Peaks by the generated code: {figures} (estimated before: {before}). Other peaks are estimates."
+    return f"The generated code was not followed: {graph.not_replayed}. Peaks are estimates." if graph.not_replayed else ""
+
+
 def measured(graph: GraphReport) -> tuple[str, ...]:
     """Return the contenders with saved tensors or a timeline, in the order they are shown."""
     return tuple(name for name in CONTENDERS if name in graph.saved or graph.timelines.get(name))

@@ -20,6 +20,7 @@ from lowmem_compile.reporting.summary import (
     largest,
     measured,
     no_figures_note,
+    peaks_note,
 )
 from lowmem_compile.reporting.units import (
     format_bytes,
@@ -53,7 +54,14 @@ def _graph(graph: GraphReport, width: int, top: int) -> list[str]:
         lines += _wrap(inference_note(), width, "  ")
     elif not graph.has_figures:
         lines += _wrap(no_figures_note(graph), width, "  ")
-    lines += _comparison(graph) + _sites(graph, width) + _tensors(graph, top) + _passes(graph)
+    note = peaks_note(graph)
+    lines += (
+        _comparison(graph)
+        + (["", *_wrap(note, width, "  ")] if note else [])
+        + _sites(graph, width)
+        + _tensors(graph, top)
+        + _passes(graph)
+    )
     if graph.dump_dir is not None:
         lines += ["", f"  Graph dumps: {graph.dump_dir}"]
     return lines

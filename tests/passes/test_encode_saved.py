@@ -118,14 +118,14 @@ def test_fires_once(name: str, function: Function) -> None:
     assert graphs.chosen.saved_bytes() == after
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8", "int6", "int5"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int6", "int5", "fp8"])
 def test_the_bytes_counted_are_the_bytes_held(name: str) -> None:
     model, x = Block(), rows()
     graphs = compile_graphs(model, codec=name)
     assert held(graphs, model, [x]) == graphs.chosen.saved_bytes() == nbytes(name, ROWS, WIDE)
 
 
-@pytest.mark.parametrize("name", ["int8", "int5"])
+@pytest.mark.parametrize("name", ["int8", "int5", "fp8"])
 def test_the_report_calls_them_codes(name: str) -> None:
     model = Block()
     graphs = compile_graphs(model, codec=name)
@@ -391,7 +391,7 @@ def test_short_last_dimensions_are_merged() -> None:
     assert graphs.chosen.saved_bytes() <= 1.1 * ROWS * WIDE
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4", "int3"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4", "int3", "fp8"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["marked", "dynamic=True"])
 def test_dynamic_batch(name: str, dynamic: bool) -> None:
     model = Block()
@@ -411,7 +411,7 @@ def test_dynamic_batch_of_attention(name: str) -> None:
     assert len(graphs.entries) == 1
 
 
-@pytest.mark.parametrize(("name", "code"), [("bf16", "LM100"), ("int8", "LM100"), ("int4", "LM203")])
+@pytest.mark.parametrize(("name", "code"), [("bf16", "LM100"), ("int8", "LM100"), ("fp8", "LM100"), ("int4", "LM203")])
 def test_dynamic_last_dimension(name: str, code: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
