@@ -4,15 +4,19 @@ from lowmem_compile.kernels.group_codes.codec import CODECS, Codec, codec_named,
 from lowmem_compile.kernels.group_codes.many import decode_many, encode_many
 from lowmem_compile.kernels.group_codes.op import encode_groups
 from lowmem_compile.kernels.group_codes.prologue import in_prologue
+from lowmem_compile.kernels.group_codes.runs import behind, encode_runs, in_memory
 
 __all__ = [
     "CODECS",
     "Codec",
+    "behind",
     "codec_named",
     "decode_many",
     "encode_groups",
     "encode_many",
+    "encode_runs",
     "group_size",
+    "in_memory",
     "in_prologue",
     "pack_codes",
     "planes",

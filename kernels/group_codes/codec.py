@@ -82,20 +82,23 @@ class Codec:
             return (x.to(torch.bfloat16),)
         width: Size = x.shape[-1]
         runs, length, group = self.layout(width)
-        rows = _padded(x.to(torch.float32), runs * -(-width // runs) if isinstance(width, int) else width)
+        rows = padded(x.to(torch.float32), runs * -(-width // runs) if isinstance(width, int) else width)
         rows = rows.reshape(*rows.shape[:-1], runs, rows.shape[-1] // runs)
-        cells = _padded(rows, length)
-        cells = cells.reshape(*cells.shape[:-1], length // group, group)
+        cells = padded(rows, length)
+        code, scale = self.code_of(cells.reshape(*cells.shape[:-1], length // group, group))
+        code = code.reshape(*x.shape[:-1], runs, length)
+        parts = [code.to(torch.int8).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
+        return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
+
+    def code_of(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, whole numbers from -m to m in float32 [..., g], and scales, bfloat16 [..., 1], of groups, float32 [..., g]."""
         up = 1.0 if self.bits <= 8 else 1.0 + 2.0**-8  # beyond 8 bits a scale rounded down would overflow the codes
         exact = cells.abs().amax(-1, keepdim=True) * (up / self.largest)
         wide = rounded_to_bfloat16(exact)
         usable = (wide >= SMALLEST_SCALE) & (wide < math.inf)
         inverse = torch.where(usable, 1.0 / wide, 0.0)
         scale = torch.where(usable, wide, torch.where(exact < SMALLEST_SCALE, 0.0, math.nan)).to(torch.bfloat16)
-        code = torch.where(usable, self._round(cells * inverse, cells), 0.0)
-        code = code.reshape(*x.shape[:-1], runs, length)
-        parts = [code.to(torch.int8).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
-        return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
+        return torch.where(usable, self._round(cells * inverse, cells), 0.0), scale
 
     def decode(self, parts: tuple[Tensor, ...], width: Size, dtype: torch.dtype) -> Tensor:
         """x̃[..., width] in ``dtype`` from what :meth:`encode` returned."""
@@ -173,7 +176,7 @@ def planes(bits: int) -> tuple[int, ...]:
     return tuple(w for w in WIDTHS if bits & w)
 
 
-def _padded(x: Tensor, width: Size) -> Tensor:
+def padded(x: Tensor, width: Size) -> Tensor:
     """x with zeros behind its last dimension, up to ``width``."""
     have: Size = x.shape[-1]
     if not isinstance(have, int) or have == width:
