@@ -413,6 +413,7 @@ def scheduling() -> types.SimpleNamespace:
         Features=SIMDKernelFeatures,
         Foreach=scheduler.ForeachKernelSchedulerNode,
         Fused=scheduler.FusedSchedulerNode,
+        MixOrder=getattr(scheduler, "FusedMixOrderReductions", ()),
         Nothing=scheduler.NopKernelSchedulerNode,
         Pointwise=torch._inductor.ir.Pointwise,
         Reduction=torch._inductor.ir.Reduction,

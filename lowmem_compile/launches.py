@@ -13,8 +13,8 @@ program works for one of them). This pass, run on Inductor's schedule after its 
   of its launch's configuration, and results shall not depend on who shares a launch.
 
 A guest moves to its host: one that makes results of the graph to a later one, one that reads inputs of the graph to an earlier one.
-It moves only if the largest number of live bytes, by the schedule's own buffers, does not rise. Guests that find no host share a
-launch among themselves on the same condition. Numerics class: EXACT, nothing is computed otherwise.
+It moves only if the largest number of live bytes, by the schedule's own buffers, rises by less than a 64th. Guests that find no
+host share a launch among themselves on the same condition. Numerics class: EXACT, nothing is computed otherwise.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ BUFFERS = 200
 """Tensors a launch: a kernel's arguments are limited."""
 NEAR = 4
 """Hosts that are tried for a guest."""
+SLACK = 64
+"""The part of the largest number of live bytes by which it may rise: codes of a few tensors beside the tensors themselves."""
 SAFE = frozenset({"max", "min", "any"})
 """Reductions that give the same bits in every order."""
 
@@ -56,8 +58,12 @@ class ShareLaunches(CustomSchedulerPass):
             return nodes
         scheduler = nodes[0].scheduler
         scheduler.merge_loops()  # as it would be next: the number of dimensions of a kernel depends on it
-        groups = shared(with_joins([unit_of(n) for n in nodes]), *inputs_and_outputs())
-        return rebuilt(groups, scheduler)
+        units = with_joins([unit_of(n) for n in nodes])
+        private = {name for u in units if isinstance(u.node, scheduling().MixOrder) for name in u.writes}
+        for unit in units:
+            if private & unit.reads:  # Inductor computes these sums in two kernels, and excepts what reads them too
+                unit.may_host = unit.may_move = False
+        return rebuilt(shared(units, *inputs_and_outputs()), scheduler)
 
     def uuid(self) -> str:
         return self.key
@@ -71,7 +77,7 @@ class Unit:
         node: Inductor's.
         reads: names of the buffers it reads.
         writes: bytes of the buffers it makes, by name; views and lists have none.
-        may_host: whether guests may join its launch.
+        may_host: whether it may share a launch.
         may_move: whether it is a guest.
         joins: nodes that run nothing and name what this one completes, a buffer that several kernels write parts of.
     """
@@ -105,7 +111,8 @@ class Schedule:
     limit: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.limit = peak(self.groups, self.inputs, self.outputs)
+        before = peak(self.groups, self.inputs, self.outputs)
+        self.limit = before + before // SLACK
 
     def moved(self, members: Sequence[Unit], to: list[Unit]) -> bool:
         """Put the members into the launch ``to``; ``False``, and nothing changes, where that is not allowed."""

@@ -85,20 +85,26 @@ class Codec:
         rows = padded(x.to(torch.float32), runs * -(-width // runs) if isinstance(width, int) else width)
         rows = rows.reshape(*rows.shape[:-1], runs, rows.shape[-1] // runs)
         cells = padded(rows, length)
-        code, scale = self.code_of(cells.reshape(*cells.shape[:-1], length // group, group))
+        cells = cells.reshape(*cells.shape[:-1], length // group, group)
+        usable, inverse, scale = self.scales_of(cells)
+        code = self.codes_of(cells, inverse, usable)
         code = code.reshape(*x.shape[:-1], runs, length)
         parts = [code.to(torch.int8).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
         return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
 
-    def code_of(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, whole numbers from -m to m in float32 [..., g], and scales, bfloat16 [..., 1], of groups, float32 [..., g]."""
+    def scales_of(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of groups of x, float32 [..., g]: whether s divides, 1/s in float32 (0 where it does not), and s in bfloat16, [..., 1]."""
         up = 1.0 if self.bits <= 8 else 1.0 + 2.0**-8  # beyond 8 bits a scale rounded down would overflow the codes
         exact = cells.abs().amax(-1, keepdim=True) * (up / self.largest)
         wide = rounded_to_bfloat16(exact)
         usable = (wide >= SMALLEST_SCALE) & (wide < math.inf)
         inverse = torch.where(usable, 1.0 / wide, 0.0)
         scale = torch.where(usable, wide, torch.where(exact < SMALLEST_SCALE, 0.0, math.nan)).to(torch.bfloat16)
-        return torch.where(usable, self._round(cells * inverse, cells), 0.0), scale
+        return usable, inverse, scale
+
+    def codes_of(self, cells: Tensor, inverse: Tensor, usable: Tensor) -> Tensor:
+        """Codes of the groups: whole numbers from -m to m in float32 [..., g]; 0 where no scale divides."""
+        return torch.where(usable, self._round(cells * inverse, cells), 0.0)
 
     def decode(self, parts: tuple[Tensor, ...], width: Size, dtype: torch.dtype) -> Tensor:
         """x̃[..., width] in ``dtype`` from what :meth:`encode` returned."""

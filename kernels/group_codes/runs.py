@@ -64,8 +64,10 @@ def encode_runs(codec: Codec, x: Tensor) -> tuple[Tensor, ...]:
     codes, scales = [], []
     for k in range(runs):
         cells = padded(x[..., min(k * step, width) : min((k + 1) * step, width)].to(torch.float32), length)
-        code, scale = codec.code_of(cells.reshape(-1, length // group, group))
-        codes.append(code)
+        cells = cells.reshape(-1, length // group, group)
+        _, inverse, scale = codec.scales_of(cells)
+        inverse = in_memory(inverse)  # inside the kernel: what computes it is not repeated in each plane
+        codes.append(codec.codes_of(cells, inverse, inverse > 0))
         scales.append(scale.reshape(-1, 1, length // group))
     if codec.bits == 8:
         packed = [codes[0].to(torch.int8)]
