@@ -43,7 +43,7 @@ PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, t
 """Matrix products of which Inductor has templates."""
 
 
-SCHEDULER_PASS = "_post_fusion_custom_pass"
+SCHEDULER_PASS = "_post_fusion_custom_pass"  # noqa: S105 (no password)
 """Inductor's configuration for a pass on its schedule; it holds one."""
 
 

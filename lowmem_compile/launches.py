@@ -7,18 +7,19 @@ Inductor fuses kernels that read the same data. An encode of what a library call
 nothing with any kernel. But Inductor can also put independent kernels into one launch (its foreach, or combo, kernels: each
 program works for one of them). This pass, run on Inductor's schedule after its own fusion, chooses which:
 
-- *guests*: kernels of the encodes and decodes that passes marked (``SHARED`` in a node's meta), and kernels that only make results
-  of the graph and move less than 64 KiB;
-- *hosts*: kernels that compute element by element, or take the largest of a group. No kernel that adds: the order of a sum is that
-  of its launch's configuration, and results shall not depend on who shares a launch.
+- *guests*: kernels of the encodes and decodes that passes marked (``SHARED`` in a node's meta), and kernels that only make
+  results of the graph and move less than 64 KiB;
+- *hosts*: kernels that compute element by element, or take the largest of a group. No kernel that adds: the order of a sum is
+  that of its launch's configuration, and results shall not depend on who shares a launch.
 
-A guest moves to its host: one that makes results of the graph to a later one, one that reads inputs of the graph to an earlier one.
-It moves only if the largest number of live bytes, by the schedule's own buffers, rises by less than a 64th. Guests that find no
+A guest moves to its host: one that makes results of the graph to a later one, one that reads inputs of it to an earlier one. It
+moves only if the largest number of live bytes, by the schedule's own buffers, rises by less than a 64th. Guests that find no
 host share a launch among themselves on the same condition. Numerics class: EXACT, nothing is computed otherwise.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,10 +141,12 @@ def shared(units: Sequence[Unit], inputs: dict[str, int], outputs: frozenset[str
     hosts = [u for u in units if u.may_host and not u.may_move]
     for behind, guests in ((True, late), (False, early)):
         for guest in guests:
-            there = [h for h in hosts if place[h] > place[guest]] if behind else [h for h in hosts[::-1] if place[h] < place[guest]]
+            there = (
+                [h for h in hosts if place[h] > place[guest]] if behind else [h for h in hosts[::-1] if place[h] < place[guest]]
+            )
             any(schedule.moved([guest], schedule.group_of(h)) for h in there[:NEAR])
         alone = [u for u in guests if len(schedule.group_of(u)) == 1]
-        for guest, following in zip(alone, alone[1:], strict=False):
+        for guest, following in itertools.pairwise(alone):
             schedule.moved(schedule.group_of(guest), schedule.group_of(following))
     return schedule.groups
 

@@ -6,7 +6,8 @@
 Encode stands right behind the producer of x and decode right before its first reader, so Inductor fuses both and the wide
 tensor lives no longer than in the forward and backward work that reads it. Formats: ``kernels/group_codes``. On a GPU an encode
 or a decode that Inductor could fuse with nothing (:mod:`lowmem_compile.fusing`) is ``lowmem::encode_many`` or
-``lowmem::decode_many``: one kernel of ours, which ``launch_together`` shares with its neighbours.
+``lowmem::decode_many``: one kernel of ours, which ``launch_together`` shares with its neighbours; with
+``options["launches"] = "shared"`` it is Inductor's, marked for :mod:`lowmem_compile.launches`.
 
 Bytes saved: N·itemsize − N·b/8 − 2·N/g for each storage kept.
 Kept exact: tensors whose error backward would amplify (:mod:`lowmem_compile.sensitivity`), statistics, weight copies, what the

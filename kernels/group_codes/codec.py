@@ -93,7 +93,7 @@ class Codec:
         return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
 
     def scales_of(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of groups of x, float32 [..., g]: whether s divides, 1/s in float32 (0 where it does not), and s in bfloat16, [..., 1]."""
+        """Of groups of x, float32 [..., g]: whether s divides, 1/s in float32 (0 where not), and s in bfloat16, each [..., 1]."""
         up = 1.0 if self.bits <= 8 else 1.0 + 2.0**-8  # beyond 8 bits a scale rounded down would overflow the codes
         exact = cells.abs().amax(-1, keepdim=True) * (up / self.largest)
         wide = rounded_to_bfloat16(exact)

@@ -1,7 +1,7 @@
 """Group codes run by run: the bits of ``Codec.encode``, in the form that Inductor makes one GPU kernel of.
 
-``Codec.encode`` reduces all runs of a row at once and packs them afterwards: two iteration spaces, so two or three kernels, each of
-which reads x or the codes again. Here each of the R runs is cut out first:
+``Codec.encode`` reduces all runs of a row at once and packs them afterwards: two iteration spaces, so two or three kernels, each
+of which reads x or the codes again. Here each of the R runs is cut out first:
 
     cells_k = x[..., kL : (k+1)L]     [..., L/g, g]      k < R
     s_k     = bf16(max |cells_k| / m)  [..., L/g]         q_k = round(cells_k / s_k)
@@ -28,7 +28,7 @@ from lowmem_compile.kernels.group_codes.codec import Codec, padded, planes
 
 @torch.library.custom_op("lowmem::in_memory", mutates_args=())
 def in_memory(x: Tensor) -> Tensor:
-    """A copy of x, of any shape and dtype, with its strides; compiled, x itself (:func:`lowmem_compile._torch.keep_in_memory`)."""
+    """A copy of x, of any shape and dtype, with its strides; compiled, x itself (``lowmem_compile._torch.keep_in_memory``)."""
     return x.clone()
 
 
