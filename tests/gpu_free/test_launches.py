@@ -131,9 +131,14 @@ def test_a_layer_adds_no_launch_to_the_forward_pass() -> None:
         for layers in (2, 3):
             torch.compiler.reset()
             options = {"launches": "shared"} if backend == "lowmem" else {}
-            with FakeTensorMode():
-                generated = generate(model(kind, layers, size).bfloat16(), backend=backend, options=options)
-                generated(example(torch.bfloat16, size))
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                with FakeTensorMode():
+                    generated = generate(model(kind, layers, size), backend=backend, options=options)
+                    generated(example(torch.bfloat16, size))
+            finally:
+                torch.set_default_dtype(before)
             found.append(len(generated.code("forward").launches))
     assert counts["lowmem"][1] - counts["lowmem"][0] <= counts["inductor"][1] - counts["inductor"][0]
 
