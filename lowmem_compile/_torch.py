@@ -30,7 +30,7 @@ from torch._functorch.partitioners import (
 )
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, CustomSchedulerPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import trace_structured
@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "CustomPartitionerFn",
+    "CustomSchedulerPass",
     "FakeTensor",
     "FakeTensorMode",
     "GraphTransformObserver",
@@ -60,14 +61,16 @@ __all__ = [
     "dynamo_explain",
     "functorch_config",
     "inductor_config",
+    "join_in_place",
+    "keep_in_memory",
     "keep_inputs_whole",
-    "lay_out",
     "list_mode_options",
     "min_cut_rematerialization_partition",
     "offer_prologue",
     "op_types",
     "optimization_hint",
     "saved_values_chooser",
+    "scheduling",
     "select_decomp_table",
     "solve_min_cut",
     "trace_structured",
@@ -219,13 +222,27 @@ def offer_prologue(op: OpOverload) -> None:
     register_lowering(op, type_promotion_kind=None)(lower)
 
 
-def lay_out(op: OpOverload) -> None:
-    """Lower an identity to its input, which Inductor computes into a buffer of that shape; what views it reads the buffer."""
+@functools.cache
+def keep_in_memory(op: OpOverload) -> None:
+    """Lower an identity to its input, which Inductor then writes to memory before anything behind it reads it."""
     from torch._inductor.lowering import register_lowering
 
     def lower(x: Any) -> Any:
         x.realize()
         return x
+
+    register_lowering(op, type_promotion_kind=None)(lower)
+
+
+@functools.cache
+def join_in_place(op: OpOverload) -> None:
+    """Lower a concatenation of a list along the last dimension but one: each part is written into its place, and never copied."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering
+
+    def lower(xs: Any) -> Any:
+        with inductor_config.patch(comprehensive_padding=False):  # rows of the result lie densely behind one another
+            return ir.TensorBox(ir.ConcatKernel.create(xs, len(xs[0].get_size()) - 2))
 
     register_lowering(op, type_promotion_kind=None)(lower)
 
@@ -453,3 +470,27 @@ def extern_kernels() -> Any:
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share a storage, while one of them is alive; fake ones too."""
     return int(tensor.untyped_storage()._cdata)
+
+
+@functools.cache
+def scheduling() -> types.SimpleNamespace:
+    """The classes of Inductor's scheduler that :mod:`lowmem_compile.launches` needs; imported on demand."""
+    import torch._inductor.ir
+    import torch._inductor.scheduler
+    from torch._inductor.codegen.simd_kernel_features import SIMDKernelFeatures
+    from torch._inductor.virtualized import V
+
+    scheduler = torch._inductor.scheduler
+    return types.SimpleNamespace(
+        ComputedBuffer=torch._inductor.ir.ComputedBuffer,
+        Features=SIMDKernelFeatures,
+        Foreach=scheduler.ForeachKernelSchedulerNode,
+        Fused=scheduler.FusedSchedulerNode,
+        MixOrder=getattr(scheduler, "FusedMixOrderReductions", ()),
+        Nothing=scheduler.NopKernelSchedulerNode,
+        Pointwise=torch._inductor.ir.Pointwise,
+        Reduction=torch._inductor.ir.Reduction,
+        Scatter=torch._inductor.ir.Scatter,
+        Single=scheduler.SchedulerNode,
+        graph=lambda: V.graph,
+    )

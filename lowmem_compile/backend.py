@@ -21,8 +21,9 @@ from lowmem_compile._torch import (
     compile_fx,
     copy_dynamo_module,
     inductor_config,
+    join_in_place,
+    keep_in_memory,
     keep_inputs_whole,
-    lay_out,
     list_mode_options,
     mode_names,
     offer_prologue,
@@ -32,8 +33,10 @@ from lowmem_compile._torch import (
 from lowmem_compile.autocast import ambient_autocast, autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
+from lowmem_compile.fusing import SCHEDULER_PASS, shares_launches
 from lowmem_compile.graph import placeholders
 from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, with_claims
+from lowmem_compile.launches import ShareLaunches
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, Candidates, budget_partitions, partition_joint, stock_partitions
 from lowmem_compile.pipeline import run_stage
@@ -49,6 +52,9 @@ log = logging.getLogger(__name__)
 OWN_CONFIG: Mapping[str, Any] = {"reorder_for_peak_memory": False}
 """Inductor's reordering takes the best of a few greedy orders by its own estimate of the peak. With decoded tensors in the graph
 these put the decoding of all layers at the start of the backward pass (MiniLM, LoRA q,v: 101 MB against 66 MB in graph order)."""
+
+SHARED_CONFIG: Mapping[str, Any] = {"combo_kernel_allow_mixed_sizes": 2}
+"""Kernels that share a launch need not be of one size."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,12 @@ def compile_graph(
     gm.recompile()
     keep_inputs_whole(torch.ops.lowmem.encode_many.default)
     offer_prologue(torch.ops.lowmem.in_prologue.default)
-    lay_out(torch.ops.lowmem.laid_out.default)
+    keep_in_memory(torch.ops.lowmem.in_memory.default)
+    join_in_place(torch.ops.lowmem.behind.default)
     partitioner = Partitioner(settings, target, entry, watch, args if settings.calibrate else (), updates)
     patches = {**patches, "custom_partitioner_fn": partitioner}
+    if shares_launches(settings, target):
+        patches = {**SHARED_CONFIG, **patches, SCHEDULER_PASS: ShareLaunches(partitioner.uuid())}
     more: dict[str, Any] = {}
     if inner_compile is not None:
         more["inner_compile"] = inner_compile

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from lowmem_compile._torch import OpOverload, op_types, uses_templates
+from lowmem_compile._torch import OpOverload, inductor_config, op_types, uses_templates
 from lowmem_compile.graph import VIEW_OPS, numel, storage_root
+from lowmem_compile.options import Options
 
 REDUCTIONS = frozenset(
     {
@@ -42,10 +43,20 @@ PRODUCTS = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, t
 """Matrix products of which Inductor has templates."""
 
 
+SCHEDULER_PASS = "_post_fusion_custom_pass"  # noqa: S105 (no password)
+"""Inductor's configuration for a pass on its schedule; it holds one."""
+
+
 @functools.cache
 def runs_triton(device: str) -> bool:
     """Whether kernels written in Triton run on a device of this type."""
     return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def shares_launches(options: Options, device: str) -> bool:
+    """Whether :mod:`lowmem_compile.launches` runs: on a GPU, unless the options or a scheduler pass of the user forbid it."""
+    taken = options.inductor.get(SCHEDULER_PASS) or inductor_config._post_fusion_custom_pass
+    return options.launches == "shared" and runs_triton(device) and (taken is None or type(taken).__name__ == "ShareLaunches")
 
 
 def encode_is_fused(node: fx.Node, bits: int) -> bool:

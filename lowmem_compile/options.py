@@ -25,6 +25,7 @@ CodeBits = Literal[2, 4]
 SlopeBits = Literal[4, 5, 6, 7, 8]
 CodecName = Literal["auto", "none", "bf16", "int10", "int8", "int7", "int6", "int5", "int4", "int3", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
+Launches = Literal["own", "shared"]
 Check = Literal["off", "lint", "full"]
 
 
@@ -57,6 +58,9 @@ class Options:
         calibrate: measure on the batch of the first call how much an error in each saved tensor changes the gradient
             (:mod:`lowmem_compile.planner.calibrate`), in place of a prior. With ``memory_budget`` the plan uses it; without, a
             tensor takes 8 bits, 10 bits or stays exact so that no parameter's gradient has a cosine below 0.9999 for it.
+        launches: on a GPU, encodes and decodes that Inductor fuses with nothing are kernels of this project (``"own"``, default),
+            or Inductor's, which join the launch of a kernel nearby (``"shared"``: fewer launches, a longer compilation; not yet
+            run on a GPU; :mod:`lowmem_compile.launches`).
         keep_exact: module paths, or whole parts of them (``"layer.0"``); what such modules save is not encoded.
         disable: names of passes not to run.
         strict: raise when a pass fails, instead of compiling without it.
@@ -78,6 +82,7 @@ class Options:
     rounding: Rounding = "nearest"
     memory_budget: float | str | None = None
     calibrate: bool = False
+    launches: Launches = "own"
     keep_exact: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     strict: bool = False

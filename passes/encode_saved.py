@@ -6,7 +6,8 @@
 Encode stands right behind the producer of x and decode right before its first reader, so Inductor fuses both and the wide
 tensor lives no longer than in the forward and backward work that reads it. Formats: ``kernels/group_codes``. On a GPU an encode
 or a decode that Inductor could fuse with nothing (:mod:`lowmem_compile.fusing`) is ``lowmem::encode_many`` or
-``lowmem::decode_many``: one kernel of ours, which ``launch_together`` shares with its neighbours.
+``lowmem::decode_many``: one kernel of ours, which ``launch_together`` shares with its neighbours; with
+``options["launches"] = "shared"`` it is Inductor's, marked for :mod:`lowmem_compile.launches`.
 
 Bytes saved: N·itemsize − N·b/8 − 2·N/g for each storage kept.
 Kept exact: tensors whose error backward would amplify (:mod:`lowmem_compile.sensitivity`), statistics, weight copies, what the
@@ -30,7 +31,7 @@ from torch import fx
 from lowmem_compile._torch import OpOverload, select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, retire, view_chain
-from lowmem_compile.fusing import decode_is_fused, decode_is_prologue, encode_is_fused, runs_triton
+from lowmem_compile.fusing import decode_is_fused, decode_is_prologue, encode_is_fused, runs_triton, shares_launches
 from lowmem_compile.graph import (
     insert,
     is_static,
@@ -43,11 +44,13 @@ from lowmem_compile.graph import (
     tensor_value,
     trace,
 )
-from lowmem_compile.kernels.group_codes import Codec, codec_named, in_prologue
+from lowmem_compile.kernels.group_codes import Codec, codec_named, encode_runs, in_prologue
+from lowmem_compile.launches import SHARED
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
-Decoding = Literal["fused", "own", "in prologue", "laid out"]
+Encoding = Literal["fused", "in loops", "own", "shared"]
+Decoding = Literal["fused", "in loops", "own", "shared", "in prologue"]
 Traces = dict[tuple[str, Any], fx.GraphModule]
 SMALLEST = 4096
 """Elements; below, two more kernels cost more than the bytes are worth."""
@@ -127,20 +130,21 @@ class EncodeSaved:
         value = tensor_value(node)
         placeholder_of = ctx.facts["placeholder_of"]
         codec = codec_of(ctx, crossing)
-        own_encode = has_kernel(codec, value, ctx) and not encode_is_fused(node, codec.bits)
-        encode, _ = coder(codec, value, own_encode=own_encode, in_loops=ctx.device == "cpu")
+        made_by = encoding(codec, value, node, ctx)
+        encode, _ = coder(codec, value, encoded=made_by)
         dtype = value.dtype
         traces: Traces = ctx.facts.setdefault("traces", {})
         key = (codec, tuple(sizes(value)), tuple(value.stride()), dtype)
         alike = key if all(isinstance(n, int) for n in (*key[1], *key[2])) else None
         parts = spliced(
             traces,
-            ("own encode" if own_encode else "encode", alike),
+            (f"encode {made_by}", alike),
             graph,
             behind(node),
             encode,
             [node],
             like=node,
+            shared=made_by == "shared",
         )
         for i, part in enumerate(parts):
             scales = codec.bits != 16 and i == len(parts) - 1
@@ -165,6 +169,7 @@ class EncodeSaved:
                     made,
                     like=old,
                     backward=True,
+                    shared=how == "shared",
                 )
                 for view in chain:
                     with backward.inserting_before(first_reader(old)):
@@ -201,6 +206,20 @@ def has_kernel(codec: Codec, value: torch.Tensor, ctx: Context) -> bool:
     return codec.bits != 16 and not codec.floating and not codec.stochastic and isinstance(width, int) and runs_triton(ctx.device)
 
 
+def encoding(codec: Codec, value: torch.Tensor, node: fx.Node, ctx: Context) -> Encoding:
+    """What encodes a tensor: a kernel that the model has anyway, our kernel, or Inductor's that joins another's launch."""
+    if ctx.device == "cpu":
+        return "in loops"
+    if not has_kernel(codec, value, ctx) or encode_is_fused(node, codec.bits):
+        return "fused"
+    return "shared" if may_share(value, ctx) else "own"
+
+
+def may_share(value: torch.Tensor, ctx: Context) -> bool:
+    """Whether kernels for the tensor may join the launch of another: of static sizes alone."""
+    return shares_launches(ctx.options, ctx.device) and all(isinstance(n, int) for n in (*value.shape, *value.stride()))
+
+
 def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:
     """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles.
 
@@ -209,19 +228,20 @@ def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Conte
     if decode_is_fused(placeholder):
         return "fused"
     if ctx.device == "cpu":
-        return "laid out" if codec.runs > 1 else "fused"
+        return "in loops" if codec.runs > 1 else "fused"
     if not has_kernel(codec, value, ctx):
         return "fused"
-    return "in prologue" if decode_is_prologue(placeholder, codec.bits) else "own"
+    if decode_is_prologue(placeholder, codec.bits):
+        return "in prologue"
+    return "shared" if may_share(value, ctx) else "own"
 
 
 def coder(
-    codec: Codec, value: torch.Tensor, *, own_encode: bool = False, in_loops: bool = False, decoded: Decoding = "fused"
+    codec: Codec, value: torch.Tensor, *, encoded: Encoding = "fused", decoded: Decoding = "fused"
 ) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, ...]], Callable[..., torch.Tensor]]:
     """Encode and decode for tensors of the shape, strides and dtype of ``value``; rows lie along what is dense in memory.
 
-    ``own_encode``: as one operation of ours, in place of the definition; ``in_loops``: see :meth:`Codec.encode`; ``decoded``: see
-    :func:`decoding`.
+    ``encoded`` and ``decoded``: see :func:`encoding` and :func:`decoding`.
     """
     order, tail = memory_order(value), row_dims(value, codec)
     back = [order.index(i) for i in range(len(order))]
@@ -231,16 +251,18 @@ def coder(
 
     def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = merge(x if order == sorted(order) else x.permute(order), tail)
-        if own_encode:
+        if encoded == "shared":
+            return encode_runs(codec, x)
+        if encoded == "own":
             return tuple(torch.ops.lowmem.encode_many([x], [codec.bits], [codec.group], [codec.keep_zero]))
-        return codec.encode(x, in_loops=in_loops)
+        return codec.encode(x, in_loops=encoded == "in loops")
 
     def decode(*given: torch.Tensor) -> torch.Tensor:
         last = given[0].shape[-1] if dynamic else width
         if decoded == "own":
             (x,) = torch.ops.lowmem.decode_many(list(given), [codec.bits], [codec.group], [last], dtype)
         else:
-            x = codec.decode(given, last, dtype, in_loops=decoded == "laid out")
+            x = codec.decode(given, last, dtype, in_loops=decoded == "in loops")
         x = (x.unflatten(-1, rows[-tail:]) if tail > 1 else x).permute(back)
         marked: torch.Tensor = in_prologue(x) if decoded == "in prologue" else x
         return marked
@@ -258,10 +280,17 @@ def spliced(
     *,
     like: fx.Node,
     backward: bool = False,
+    shared: bool = False,
 ) -> Any:
-    """Trace and insert; a function of the same key is traced once (``None`` in the key: every time)."""
+    """Trace and insert; a function of the same key is traced once (``None`` in the key: every time).
+
+    ``shared``: the nodes are marked for :mod:`lowmem_compile.launches`.
+    """
     again = key[1] is not None and key in traces
     traced = traces[key] if again else trace(fn, args, dict(select_decomp_table()))
+    if shared:
+        for node in traced.graph.nodes:
+            node.meta[SHARED] = True
     traces[key] = traced
     return insert(graph, before, traced, args, like=like, backward=backward, again=again)
 

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_compile.kernels.group_codes.laid_out import laid_out
+from lowmem_compile.kernels.group_codes.in_memory import in_memory
 
 Size = int | torch.SymInt
 
@@ -111,23 +111,33 @@ class Codec:
             return (x.to(torch.bfloat16),)
         width: Size = x.shape[-1]
         runs, length, group = self.layout(width)
-        rows = _padded(x.to(torch.float32), runs * -(-width // runs) if isinstance(width, int) else width)
+        rows = padded(x.to(torch.float32), runs * -(-width // runs) if isinstance(width, int) else width)
         rows = rows.reshape(*rows.shape[:-1], runs, rows.shape[-1] // runs)
-        cells = _padded(rows, length)
+        cells = padded(rows, length)
         cells = cells.reshape(*cells.shape[:-1], length // group, group)
+        inverse, scale = self.scales_of(cells, x.dtype, in_loops=in_loops)
+        code = self.codes_of(cells, in_memory(inverse) if in_loops else inverse).reshape(*x.shape[:-1], runs, length)
+        narrow = FLOAT8 if self.floating else torch.int8
+        parts = [code.to(narrow).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
+        return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
+
+    def scales_of(self, cells: Tensor, dtype: torch.dtype, *, in_loops: bool = False) -> tuple[Tensor, Tensor]:
+        """1/s in float32 (0 where s is 0 or NaN) and s in bfloat16, each [..., 1], of groups of x, float32 [..., g].
+
+        ``dtype``: x's own, whose range decoded values must not leave.
+        """
         up = 1.0 if self.bits <= 8 else 1.0 + 2.0**-8  # beyond 8 bits a scale rounded down would overflow the codes
         exact = _largest_magnitude(cells, in_vectors=in_loops) * (up / self.largest)
         wide = rounded_to_bfloat16(exact)
         usable = (wide >= SMALLEST_SCALE) & (wide < math.inf)
-        top = largest_scale(self.largest, torch.finfo(x.dtype).max)
+        top = largest_scale(self.largest, torch.finfo(dtype).max)
         inverse = torch.where(usable, 1.0 / torch.where(wide > top, exact, wide), 0.0)
-        inverse = laid_out(inverse) if in_loops else inverse
         scale = torch.where(usable, wide.clamp(max=top), torch.where(exact < SMALLEST_SCALE, 0.0, math.nan)).to(torch.bfloat16)
-        code = torch.where(inverse > 0.0, self._round(cells * inverse, cells), 0.0)
-        code = code.reshape(*x.shape[:-1], runs, length)
-        narrow = FLOAT8 if self.floating else torch.int8
-        parts = [code.to(narrow).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
-        return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
+        return inverse, scale
+
+    def codes_of(self, cells: Tensor, inverse: Tensor) -> Tensor:
+        """Codes of the groups: whole numbers from -m to m (for float8 x / s) in float32 [..., g]; 0 where no scale divides."""
+        return torch.where(inverse > 0.0, self._round(cells * inverse, cells), 0.0)
 
     def decode(self, parts: tuple[Tensor, ...], width: Size, dtype: torch.dtype, *, in_loops: bool = False) -> Tensor:
         """x̃[..., width] in ``dtype``, which x had, from what :meth:`encode` returned.
@@ -146,7 +156,7 @@ class Codec:
         cells = code.reshape(*lead, runs, length // group, group)
         cells = cells * scale.to(torch.float32).reshape(*lead, runs, length // group, 1)
         out = cells.to(dtype)
-        out = laid_out(out) if in_loops and runs * length == width else out
+        out = in_memory(out) if in_loops and runs * length == width else out
         out = out.reshape(*lead, runs, length)
         if isinstance(width, int):
             out = out[..., : -(-width // runs)].reshape(*lead, -(-width // runs) * runs)[..., :width]
@@ -231,7 +241,7 @@ def planes(bits: int) -> tuple[int, ...]:
     return tuple(w for w in WIDTHS if bits & w)
 
 
-def _padded(x: Tensor, width: Size) -> Tensor:
+def padded(x: Tensor, width: Size) -> Tensor:
     """x with zeros behind its last dimension, up to ``width``."""
     have: Size = x.shape[-1]
     if not isinstance(have, int) or have == width:

@@ -142,9 +142,11 @@ class Kernel:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Launch, as the wrapper does."""
         sizes = dict(zip((n for n in self.names if n not in self.blocks), args, strict=False))
+        shared: dict[str, Any] = self.tuned.inductor_meta.get("combo_grid_meta", {})
         for block in self.blocks:
-            numel = sizes.get(f"{block.removesuffix('BLOCK').lower()}numel")
-            if block.endswith("BLOCK") and numel is not None:
+            name, _, part = block.partition("_")  # XBLOCK, or XBLOCK_2 of the third kernel that shares the launch
+            numel = shared.get(f"xnumel_{part}") if part.isdecimal() else sizes.get(f"{block.removesuffix('BLOCK').lower()}numel")
+            if (block.endswith("BLOCK") or name == "XBLOCK") and numel is not None:
                 half = 1 << max(-(-int(numel) // 2) - 1, 0).bit_length()
                 limit = LARGEST_BLOCK[block[0]]
                 self.config.kwargs[block] = min(max(half, self.blocks[block]), max(limit, self.blocks[block]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ and compiled for GPUs that are not there, and run by Triton's interpreter on CPU
 
 Which kernels the pipeline runs on a GPU: Inductor's, but for encodes and decodes that Inductor can fuse with nothing. Those are
 `lowmem::encode_many` and `lowmem::decode_many`, one launch for several tensors
-([launch_together](passes/launch_together.md)). `lowmem::encode_groups` (stochastic codes with random numbers of their own),
-`lowmem::step_activation` and `lowmem::gated_codes` are emitted by no pass: their outputs differ from Inductor's in the last bit
-of the activation, and the forward result is Inductor's. They are operations to call.
+([launch_together](passes/launch_together.md)); with `options["launches"] = "shared"` these too are Inductor's, and join the
+launch of a kernel nearby ([shared launches](launches.md)). `lowmem::encode_groups` (stochastic codes with random numbers of
+their own), `lowmem::step_activation` and `lowmem::gated_codes` are emitted by no pass: their outputs differ from Inductor's in
+the last bit of the activation, and the forward result is Inductor's. They are operations to call.
 
 | claim | shown by |
 | --- | --- |
@@ -126,8 +127,8 @@ def step(kind: str, variant: str, layers: int, worker: Worker | None) -> Generat
     return generated
 
 
-def fake_step(name: str, variant: str, layers: int) -> list[Step]:
-    """The launches of one training step of a published model's layers, of fake tensors."""
+def fake_step(name: str, variant: str, layers: int) -> list[Sequence[Step]]:
+    """The launches of one training step of a published model's layers, of fake tensors, graph by graph."""
     torch.compiler.reset()
     kind, size = REAL[name]
     backend, options = VARIANTS.get(variant, ("", {}))
@@ -137,12 +138,12 @@ def fake_step(name: str, variant: str, layers: int) -> list[Step]:
         with FakeTensorMode():
             net, x = model(kind, layers, size), example(torch.bfloat16, size)
             if variant == "eager":
-                return eager(net, x)
+                return [eager(net, x)]
             generated = generate(net, backend=backend, options=options)
             loss_of(generated(x)).backward()
     finally:
         torch.set_default_dtype(before)
-    return [step for code in generated.codes for step in code.steps]
+    return [code.steps for code in generated.codes]
 
 
 def steps_table() -> Iterator[str]:
@@ -161,12 +162,13 @@ def steps_table() -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
     yield "| --- |" + " --- |" * (len(head) - 1)
     for name in REAL:
-        for variant in ("eager", "inductor", "lowmem", "lowmem, exact"):
-            steps = fake_step(name, variant, 2)
+        for variant in ("eager", "inductor", "lowmem", "lowmem, shared", "lowmem, exact"):
+            graphs = fake_step(name, variant, 2)  # buffers of one graph share no names with those of the other
+            steps, bound = [step for graph in graphs for step in graph], sum(map(least, graphs))
             loops = [s for s in steps if s.loop]
             total = moved(steps)
-            floor = "–" if variant == "eager" else f"{least(steps) / 2**20:.0f}"
-            share = "–" if variant == "eager" else f"{total / least(steps):.2f}"
+            floor = "–" if variant == "eager" else f"{bound / 2**20:.0f}"
+            share = "–" if variant == "eager" else f"{total / bound:.2f}"
             row = [name, variant, len(loops), f"{total / 2**20:.0f}", floor, share, f"{total / BANDWIDTH * 1e6:.0f}"]
             yield "| " + " | ".join(map(str, [*row, len(steps) - len(loops), f"{moved(steps, loops=False) / 2**20:.0f}"])) + " |"
 
@@ -267,8 +269,8 @@ Two hand-written layers of width 128 and a linear behind them, batch 2 × 32, in
 launches of Triton kernels; *a block* is what the second layer adds to a model of one; library calls are matrix products and
 attention; *moved* is Inductor's count of the buffers of all Triton kernels; *distinct* counts different kernels that it
 generated. Those of lowmem are compiled in the first configuration that Inductor would try on an H100. *exact* is
-`gradients="exact"` with `codec="none"`; *combo* is
-`inductor={"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None}`.
+`gradients="exact"` with `codec="none"`; *shared* is `launches="shared"`; *combo* is Inductor's
+`combo_kernels=True, combo_kernel_peak_memory_pct_threshold=None`.
 """
 MORE = """\
 With its default options lowmem launches one kernel a layer more than Inductor in the forward pass, the encode of what library
@@ -278,9 +280,10 @@ the last linear; with grouped queries two more repeat keys and values, which Ind
 splits otherwise. Codes of an activation's input are written and read by kernels that the model has anyway.
 
 Inductor's `combo_kernels` (with the threshold above; experimental in torch 2.13) puts independent kernels into one launch, ours
-excepted. With it lowmem launches fewer kernels than Inductor does without it. It is no default: without the threshold Inductor
-does not look at memory when it combines, and with it its estimate of the peak fails on these graphs (`KeyError` in
-`compute_memory_timeline`).
+excepted. With it lowmem launches fewer kernels than Inductor does without it, and more than Inductor does with it. It is no
+default: without the threshold Inductor does not look at memory when it combines, and with it its estimate of the peak fails on
+these graphs (`KeyError` in `compute_memory_timeline`). `launches="shared"` combines only what is named in
+[shared launches](launches.md), and looks at memory.
 
 Other sizes give other counts: here rows are short, scales are a larger share, and Inductor splits sums differently than in a
 real model.
@@ -308,11 +311,14 @@ loads its tiles.
   that are a quarter of the tensor apart.
 - dYᵀ (x R) in one kernel would compute x R once for each tile of dYᵀ's rows, or hold N×r of it: two products move less.
 """
+COMBO: Mapping[str, Any] = {"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None}
 VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "inductor": ("inductor", {}),
     "lowmem": ("lowmem", {}),
+    "lowmem, shared": ("lowmem", {"launches": "shared"}),
     "lowmem, exact": ("lowmem", {"gradients": "exact", "codec": "none"}),
-    "lowmem, combo": ("lowmem", {"inductor": {"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None}}),
+    "inductor, combo": ("inductor", COMBO),
+    "lowmem, combo": ("lowmem", {"inductor": COMBO}),
 }
 """Backend and options, by name."""
 

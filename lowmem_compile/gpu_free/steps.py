@@ -51,8 +51,7 @@ def steps_of(lowering: Any) -> tuple[Step, ...]:
     returned = frozenset(lowering.get_output_names())
     found = []
     for node in lowering.scheduler.nodes:
-        reads = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
-        writes = node.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
+        reads, writes = _accesses(node)
         if not reads and not writes:
             continue
         target = str(getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None) or "")
@@ -60,6 +59,17 @@ def steps_of(lowering: Any) -> tuple[Step, ...]:
         name = target if node.is_extern() else node.get_name()
         found.append(Step(name, own or not node.is_extern(), reads, writes, returned & writes.keys()))
     return tuple(found)
+
+
+def _accesses(node: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a launch reads and writes, by buffer; of a launch that several kernels share, those of its parts."""
+    reads: dict[str, int] = {}
+    writes: dict[str, int] = {}
+    for part in node.snodes if node.is_foreach() else [node]:
+        given = part.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
+        reads |= {name: size for name, size in given.items() if name not in part.get_buffer_names()}
+        writes |= part.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
+    return reads, writes
 
 
 def moved(steps: Sequence[Step], *, loops: bool = True) -> int:

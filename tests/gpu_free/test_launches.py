@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_compile._torch import FakeTensorMode, offer_prologue
-from lowmem_compile.gpu_free.blocks import Size, example, model
+from lowmem_compile._torch import FakeTensorMode, join_in_place, keep_in_memory, offer_prologue
+from lowmem_compile.gpu_free.blocks import REAL, Size, example, model
 from lowmem_compile.gpu_free.generate import generate
 from lowmem_compile.gpu_free.operations import TEMPLATES, products
 from lowmem_compile.gpu_free.steps import Step, eager, least, loss_of, moved
 from lowmem_compile.gpu_free.worker import Worker
-from lowmem_compile.kernels.group_codes import codec_named, decode_many, encode_many
+from lowmem_compile.kernels.group_codes import codec_named, decode_many, encode_many, encode_runs
 from lowmem_compile.kernels.group_codes.many import parts_of
 
 MANY = "lowmem_compile.kernels.group_codes.many_triton"
@@ -105,6 +105,42 @@ def test_a_weight_gradient_from_codes_is_offered_as_a_template() -> None:
     generated = generate(net.bfloat16(), options={"inductor": TEMPLATES, "keep_exact": ["1"]})
     loss_of(generated(x)).backward()
     assert all(code.source.count("lowmem.decode_many") == 0 for code in generated.codes)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["int10", "int4", "int8"])
+def test_codes_run_by_run_are_one_kernel_of_the_least_bytes(worker: Worker, name: str) -> None:
+    """Inductor makes two kernels of ``Codec.encode`` below 8 bits, three at 10: not of the same codes run by run."""
+    keep_in_memory(torch.ops.lowmem.in_memory.default)
+    join_in_place(torch.ops.lowmem.behind.default)
+    codec, x = codec_named(name), torch.randn(16, 300).bfloat16()
+    worker.launches.clear()
+    got = generate(lambda x: encode_runs(codec, x), worker, backend="inductor")(x)
+    assert all(same(a, b) for a, b in zip(got, codec.encode(x), strict=True))
+    (launch,) = worker.launches
+    assert launch.moved == sum(t.numel() * t.element_size() for t in (x, *got))
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_layer_adds_no_launch_to_the_forward_pass() -> None:
+    """With shared launches the third layer of LLaMA-7B's sizes launches no more than it does without lowmem."""
+    counts: dict[str, list[int]] = {"inductor": [], "lowmem": []}
+    kind, size = REAL["LLaMA-7B"]
+    for backend, found in counts.items():
+        for layers in (2, 3):
+            torch.compiler.reset()
+            options = {"launches": "shared"} if backend == "lowmem" else {}
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                with FakeTensorMode():
+                    generated = generate(model(kind, layers, size), backend=backend, options=options)
+                    generated(example(torch.bfloat16, size))
+            finally:
+                torch.set_default_dtype(before)
+            found.append(len(generated.code("forward").launches))
+    assert counts["lowmem"][1] - counts["lowmem"][0] <= counts["inductor"][1] - counts["inductor"][0]
 
 
 def test_least_of_a_chain() -> None:

@@ -62,6 +62,26 @@ def test_default_options(worker: Worker, kind: str, layers: int) -> None:
     assert ran == pytest.approx(counted, rel=0.02)  # Inductor's count from shapes, and the bytes of the run
 
 
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("llama", 1), *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("vit", "llama", "bert"))]
+)
+def test_shared_launches(worker: Worker, kind: str, layers: int) -> None:
+    """Codes made and read by kernels that share launches: the same results, no kernel of ours, and fewer launches."""
+    net, x = model(kind, layers), example()
+    want = step(net, net, x)
+    worker.launches.clear()
+    generated = generate(net, worker, options={"launches": "shared"})
+    found = errors(step(generated, net, x), want)
+    assert found["y"] < 1e-5
+    assert max(found.values()) < 0.03
+    kernels = [k for code in generated.codes for k in code.launches]
+    assert [launch.kernel for launch in worker.launches] == kernels
+    assert not {"encode_many_kernel", "decode_many_kernel"} & set(kernels)
+    assert all("SequentialFlattenComboKernelGrid" in code.source for code in generated.codes)
+    counted, ran = sum(moved(code.steps) for code in generated.codes), sum(launch.moved for launch in worker.launches)
+    assert ran == pytest.approx(counted, rel=0.02)
+
+
 @pytest.mark.parametrize(("kind", "layers"), [("llama", 1), *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in BLOCKS)])
 def test_exact_gradients(worker: Worker, kind: str, layers: int) -> None:
     net, x = model(kind, layers), example()

@@ -31,6 +31,7 @@ OTHER: Mapping[str, Any] = {
     "rounding": "stochastic",
     "memory_budget": 0.5,
     "calibrate": True,
+    "launches": "shared",
     "keep_exact": ["lm_head"],
     "disable": ["pack_masks"],
     "strict": True,
