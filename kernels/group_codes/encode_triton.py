@@ -90,10 +90,11 @@ def encode_run(
     groups = LENGTH // GROUP
     # The bits of nonnegative floats are ordered as the floats are, and those of NaN lie above infinity's.
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
-    wide = (bits.to(tl.float32, bitcast=True) * FACTOR).to(tl.bfloat16).to(tl.float32)
-    usable = (wide >= SMALLEST) & (wide < float("inf"))
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, wide, 1.0)), 0.0)
-    kept = tl.where(usable, tl.minimum(wide, TOP), tl.where(wide < SMALLEST, 0.0, float("nan"))).to(tl.bfloat16)
+    exact = bits.to(tl.float32, bitcast=True) * FACTOR
+    wide = exact.to(tl.bfloat16).to(tl.float32)
+    usable = (exact >= SMALLEST) & (exact < float("inf"))
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, tl.where((LARGEST > 127) & (wide > TOP), exact, wide), 1.0)), 0.0)
+    kept = tl.where(usable, tl.minimum(wide, TOP), tl.where(exact < SMALLEST, 0.0, float("nan"))).to(tl.bfloat16)
     tl.store(scales + (row * RUNS + run) * groups + place, kept, mask=valid)
     value = x * inverse
     if STOCHASTIC:

@@ -161,8 +161,7 @@ def test_auto_is_int8() -> None:
 def test_fewer_bits_take_fewer_bytes_and_make_larger_errors() -> None:
     model, x = Block(wide=512, last=512), rows()
     want, found = run_double(model, [x]), []
-    for name in CODECS:
-        torch.compiler.reset()  # there are more codecs than Dynamo compiles variants of one function
+    for name in (n for n, codec in CODECS.items() if not codec.floating):
         graphs = compile_graphs(model, codec=name)
         got = run(graphs, model, [x])
         found.append((-graphs.chosen.saved_bytes(), distances(got, want)["up.weight"]))
