@@ -131,7 +131,8 @@ class Codec:
         wide = rounded_to_bfloat16(exact)
         top = largest_scale(self.largest, torch.finfo(dtype).max)
         scale = torch.where(exact < SMALLEST_SCALE, 0.0, torch.where(exact < math.inf, wide.clamp(max=top), math.nan))
-        divisor = wide if self.bits <= 8 else torch.where(wide > top, exact, wide)  # beyond 8 bits two steps may lie between them
+        near = self.bits > 8 and dtype == torch.float16  # the scale that is kept may be two steps below the rounded one
+        divisor = torch.where(wide > top, exact, wide) if near else wide
         return torch.where(scale > 0.0, 1.0 / divisor, 0.0), scale.to(torch.bfloat16)
 
     def codes_of(self, cells: Tensor, inverse: Tensor) -> Tensor:
