@@ -130,10 +130,12 @@ class Codec:
         exact = _largest_magnitude(cells, in_vectors=in_loops) * (up / self.largest)
         wide = rounded_to_bfloat16(exact)
         top = largest_scale(self.largest, torch.finfo(dtype).max)
-        scale = torch.where(exact < SMALLEST_SCALE, 0.0, torch.where(exact < math.inf, wide.clamp(max=top), math.nan))
+        usable = (wide >= SMALLEST_SCALE) & (wide < math.inf)
         near = self.bits > 8 and dtype == torch.float16  # the scale that is kept may be two steps below the rounded one
         divisor = torch.where(wide > top, exact, wide) if near else wide
-        return torch.where(scale > 0.0, 1.0 / divisor, 0.0), scale.to(torch.bfloat16)
+        inverse = torch.where(usable, 1.0 / divisor, 0.0)
+        scale = torch.where(usable, wide.clamp(max=top), torch.where(exact < SMALLEST_SCALE, 0.0, math.nan)).to(torch.bfloat16)
+        return inverse, scale
 
     def codes_of(self, cells: Tensor, inverse: Tensor) -> Tensor:
         """Codes of the groups: whole numbers from -m to m (for float8 x / s) in float32 [..., g]; 0 where no scale divides."""
@@ -218,7 +220,8 @@ def largest_scale(largest: float, limit: float) -> float:
 def _largest_magnitude(cells: Tensor, *, in_vectors: bool) -> Tensor:
     """max |x| over the last dimension, which is kept; NaN where there is one."""
     magnitude = cells.abs()
-    if in_vectors and isinstance(cells.shape[-1], int) and cells.shape[-1] % LANES == 0:
+    width: Size = cells.shape[-1]
+    if in_vectors and isinstance(width, int) and width % LANES == 0:
         first, *rest = magnitude.split(LANES, dim=-1)
         for part in rest:
             first = torch.maximum(first, part)

@@ -92,11 +92,10 @@ def encode_run(
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
     exact = bits.to(tl.float32, bitcast=True) * FACTOR
     wide = exact.to(tl.bfloat16).to(tl.float32)
-    usable = (exact >= SMALLEST) & (exact < float("inf"))
-    inverse = tl.where(
-        usable, tl.div_rn(1.0, tl.where(usable, tl.where((LARGEST > 127) & (TOP < 65504) & (wide > TOP), exact, wide), 1.0)), 0.0
-    )
-    kept = tl.where(usable, tl.minimum(wide, TOP), tl.where(exact < SMALLEST, 0.0, float("nan"))).to(tl.bfloat16)
+    usable = (wide >= SMALLEST) & (wide < float("inf"))
+    divisor = tl.where((LARGEST > 127) & (TOP < 65504) & (wide > TOP), exact, wide)
+    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, divisor, 1.0)), 0.0)
+    kept = tl.where(usable, tl.minimum(wide, TOP), tl.where(wide < SMALLEST, 0.0, float("nan"))).to(tl.bfloat16)
     tl.store(scales + (row * RUNS + run) * groups + place, kept, mask=valid)
     value = x * inverse
     if STOCHASTIC:

@@ -95,12 +95,12 @@ def graph_of(body: Any, *shapes: tuple[int, ...]) -> fx.GraphModule:
     ids=["no sum", "scaled", "read elsewhere", "twice the same", "broadcast", "another dtype", "a number"],
 )
 def test_near_misses(body: Any) -> None:
-    assert not AccumulateSums().find(graph_of(body, (512, D), (512, D)).graph, Context(Options(), "cpu", {}))
+    assert not AccumulateSums().find(graph_of(body, (512, D), (512, D)).graph, Context(options=Options(), device="cpu", facts={}))
 
 
 def test_nothing_is_left_to_do() -> None:
     gm = graph_of(lambda a, b, c: (a.sum(0) + b.sum(0)).view(1, D) + c.sum(0, keepdim=True), *((512, D),) * 3)
-    ctx = Context(Options(), "cpu", {})
+    ctx = Context(options=Options(), device="cpu", facts={})
     run_pass(AccumulateSums(), gm, ctx, Recorder("graph_0"))
     gm.recompile()
     given = [torch.randn(512, D) for _ in range(3)]
@@ -120,7 +120,8 @@ def test_a_layer_that_is_read_often_does_not_hold_all_its_activations() -> None:
     torch._dynamo.reset()
     model, x = Shared(8, 256), torch.randn(512, 256)
     peaks = {}
-    for name, options in (("with", {}), ("without", {"disable": [NAME]})):
+    choices: dict[str, Any] = {"with": {}, "without": {"disable": [NAME]}}
+    for name, options in choices.items():
         compiled = torch.compile(model, backend="lowmem", options=options)
 
         def step(compiled: Any = compiled) -> Tensor:
