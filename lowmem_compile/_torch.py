@@ -36,6 +36,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +47,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "GraphTransformObserver",
+    "LazyGraphModule",
     "MinCutOptions",
     "NodeInfo",
     "OpOverload",

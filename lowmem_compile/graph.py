@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lowmem_compile._torch import FakeTensor, copy_graph, detect_fake_mode, op_types, optimization_hint
+from lowmem_compile._torch import FakeTensor, LazyGraphModule, copy_graph, detect_fake_mode, op_types, optimization_hint
 
 aten = torch.ops.aten
 
@@ -259,8 +259,11 @@ def _fake_mode(args: Sequence[fx.Node]) -> Any:
 
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy that shares parameters and meta values but owns its graph; node names are kept."""
-    out = fx.GraphModule(gm, copy_graph(gm.graph))
+    """A copy that shares parameters and meta values but owns its graph; node names are kept.
+
+    Its Python code is written when it is first run or read: most copies are partitioned, counted and dropped.
+    """
+    out = LazyGraphModule(gm, copy_graph(gm.graph))
     out.meta.update(gm.meta)
     return out
 

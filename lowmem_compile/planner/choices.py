@@ -8,7 +8,8 @@ independent, so squares add: E² = Σ s²e². Without a measurement s² is a pri
     value, output   Σ s² = 12     (of attention; 34 in DINOv2, where attention is sharp, an ordinary tensor's share in MiniLM)
     gradient        s² = 1        (of a weight, computed with the loss: its error is the gradient's)
 
-e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own.
+e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own, but
+those of the tensors it is computed from: a query computed again from an input in 8 bits is no better than a query in 8 bits.
 With ``options["calibrate"]`` s and e are measured (:mod:`lowmem_compile.planner.calibrate`).
 
 Time model. Bytes that a memory-bound kernel would move: a codec's arithmetic as a multiple of the tensor's bytes (rough, from
@@ -36,12 +37,12 @@ from lowmem_compile.planner.program import Op, Program
 from lowmem_compile.rematerialise import Recipe, recipe_of
 from lowmem_compile.sensitivity import becomes_gradient
 
-LADDER: tuple[CodecName, ...] = ("bf16", "int10", "int8", "int6", "int5", "int4")
+LADDER: tuple[CodecName, ...] = ("bf16", "int10", "int8", "int7", "int6", "int5", "int4")
 ORDINARY, SCORED, ATTENDED = 4.0, 40.0, 12.0
 """Prior Σ s² of ordinary saved tensors, of queries and keys, and of values and outputs of attention."""
 BALANCE = {"cpu": 30.0, "cuda": 300.0}
 """Operations a device does in the time it moves a byte."""
-EFFORT = {"int10": 3.0, "int8": 0.5, "int6": 3.0, "int5": 4.0, "int4": 1.0, "bf16": 0.0}
+EFFORT = {"int10": 3.0, "int8": 0.5, "int7": 4.0, "int6": 3.0, "int5": 4.0, "int4": 1.0, "bf16": 0.0}
 """Extra time of encode and decode, in bytes moved per byte of the tensor."""
 
 
@@ -56,13 +57,13 @@ class Choice:
     Attributes:
         name: ``"exact"``, a codec or ``"recompute"``.
         nbytes: what is kept.
-        error2: what it adds to the square of the gradient's relative error.
+        relative: relative error of the tensor, without that of what it is computed from.
         cost: extra time, in bytes moved.
     """
 
     name: str
     nbytes: int
-    error2: float = 0.0
+    relative: float = 0.0
     cost: float = 0.0
 
 
@@ -72,6 +73,9 @@ class Item:
 
     root: str
     choices: tuple[Choice, ...]
+    gain2: float = 0.0
+    """s²: what the square of its relative error is multiplied by in the gradient's. Zero for kind ``"exact"``, whose error has no
+    estimate: it is computed again from exact tensors or not at all."""
     sources: frozenset[str] = frozenset()
     """Roots of saved tensors that its recipe reads: they have to be kept if it is computed again."""
     recipe: Recipe | None = None
@@ -103,18 +107,20 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[
     items = []
     for root, saved in crossing.items():
         choices = [Choice("exact", exact_bytes(graph, ctx, saved))]
+        gain2 = 0.0
         if kinds[root] != "exact":
             sums = {"ordinary": ORDINARY, "score": SCORED, "difference": ATTENDED, "gradient": counts["gradient"]}
-            weight = sums[kinds[root]] / counts[kinds[root]]
+            found = (measured or {}).get(root.name)
+            gain2 = sums[kinds[root]] / counts[kinds[root]] if found is None else found.gain**2
             extra = COPY if kinds[root] == "gradient" else 0.0
-            choices += _codes(encode, matches[root], ctx, weight, nbytes(root), extra, (measured or {}).get(root.name))
+            choices += _codes(encode, matches[root], ctx, nbytes(root), extra, found)
         recipe = recipe_of(root, saved, crossing)
         if isinstance(recipe, Recipe) and numel(root) >= 64:
             choices.append(Choice("recompute", 0, 0.0, _time(recipe, ops, balance)))
             sources = frozenset(s.name for s in recipe.sources)
-            items.append(Item(root.name, tuple(choices), sources, recipe, kinds[root]))
+            items.append(Item(root.name, tuple(choices), gain2, sources, recipe, kinds[root]))
         else:
-            items.append(Item(root.name, tuple(choices), kind=kinds[root]))
+            items.append(Item(root.name, tuple(choices), gain2, kind=kinds[root]))
     return items
 
 
@@ -133,9 +139,7 @@ def encodable(graph: fx.Graph, ctx: Context) -> list[Match]:
     return [m for m in encode.find(graph, trial) if encode.check(m, trial) is None]
 
 
-def _codes(
-    encode: EncodeSaved, match: Match, ctx: Context, weight: float, exact: int, extra: float, measured: Measured | None
-) -> list[Choice]:
+def _codes(encode: EncodeSaved, match: Match, ctx: Context, exact: int, extra: float, measured: Measured | None) -> list[Choice]:
     if ctx.options.codec == "none":
         return []
     found = []
@@ -147,8 +151,8 @@ def _codes(
         codec = codec_of(trial, match.info)
         size = code_bytes(match, codec)
         if size < exact:
-            error2 = weight * codec.error**2 if measured is None else measured.error(name) ** 2
-            found.append(Choice(name, size, error2, (EFFORT[name] + extra) * exact))
+            error = codec.error if measured is None else measured.errors[name]
+            found.append(Choice(name, size, error, (EFFORT[name] + extra) * exact))
     return found
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from lowmem_compile.errors import BudgetError
 from lowmem_compile.graph import module_path, shape_names, source_line, storage_root, tensor_value
-from lowmem_compile.kernels.group_codes import codec_named
 from lowmem_compile.planner.budget import Budget
 from lowmem_compile.planner.choices import BALANCE, LADDER, Item, step_time
+from lowmem_compile.planner.choose import relative_errors
 from lowmem_compile.planner.plan import Plan, Planner
 from lowmem_compile.planner.program import program_of
 from lowmem_compile.planner.timeline import peak, timeline
@@ -33,16 +33,15 @@ def planned_tensors(planner: Planner, plan: Plan | None, partition: Partition) -
     for node in partition.saved_nodes():
         nodes.setdefault(storage_root(node).name, node)
     decisions = plan.decisions if plan is not None else default_decisions(planner)
-    return tuple(_row(planner, item, decisions.get(item.root, "exact"), nodes[item.root]) for item in planner.items)
+    decisions = {item.root: decisions.get(item.root, "exact") for item in planner.items}
+    errors = relative_errors(planner.items, decisions)
+    return tuple(_row(planner, item, decisions[item.root], errors[item.root], nodes[item.root]) for item in planner.items)
 
 
-def _row(planner: Planner, item: Item, decision: str, saved: fx.Node) -> PlannedTensor:
+def _row(planner: Planner, item: Item, decision: str, error: float, saved: fx.Node) -> PlannedTensor:
     choice = item.choice(decision)
     root = storage_root(saved)
     value = tensor_value(saved)
-    coded = choice.name not in ("exact", "recompute")
-    measured = planner.measured.get(item.root)
-    nominal = codec_named(choice.name, group=planner.ctx.options.codec_group).error if coded else 0.0
     return PlannedTensor(
         name=root.name,
         module=module_path(root),
@@ -53,8 +52,8 @@ def _row(planner: Planner, item: Item, decision: str, saved: fx.Node) -> Planned
         choice=choice.name,
         bytes_before=item.choices[0].nbytes,
         bytes_after=choice.nbytes,
-        error=measured.errors[choice.name] if coded and measured is not None else nominal,
-        gradient_error=choice.error2**0.5,
+        error=error,
+        gradient_error=item.gain2**0.5 * error,
         time=choice.cost / planner.step,
     )
 

@@ -1,10 +1,7 @@
 """The plan of one graph: how each tensor that crosses is kept, so that a budget is met at the least error and time.
 
-    minimise    Σ error² / ERROR² + Σ time / (TIME · step)
-    subject to  Σ bytes ≤ cap;  one choice a tensor;  what a recomputed tensor reads is not recomputed itself
-
-An integer linear programme with a few hundred binary variables, solved by HiGHS (``scipy.optimize.milp``). Fewer saved bytes are
-not always a lower peak, so plans for smaller and smaller caps are simulated (:mod:`lowmem_compile.planner.timeline`):
+Which choices meet a cap is solved in :mod:`lowmem_compile.planner.choose`. Fewer saved bytes are not always a lower peak, so
+plans for smaller and smaller caps are simulated (:mod:`lowmem_compile.planner.timeline`):
 
 - a share B of Inductor's bytes: the plan of the largest cap ≤ B whose simulated peak is not above that of any larger cap (3 %,
   less than the simulation's error, count as nothing), so that the peak is monotone in the budget; where there is none, the plan
@@ -14,23 +11,19 @@ not always a lower peak, so plans for smaller and smaller caps are simulated (:m
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from lowmem_compile.contract import Context
 from lowmem_compile.errors import BudgetError
 from lowmem_compile.planner.budget import Budget
 from lowmem_compile.planner.calibrate import Measured
 from lowmem_compile.planner.choices import BALANCE, Item, chain_of, items_of, step_time
+from lowmem_compile.planner.choose import ERROR, TIME, choose, error_of
 from lowmem_compile.planner.program import Op, Program, program_of
 from lowmem_compile.planner.timeline import peak, timeline
 from lowmem_compile.saved import Partition
 
-ERROR, TIME = 0.03, 0.05
-"""A relative gradient error of 3 % (cosine 0.99955) weighs as much as 5 % of the step time."""
 COSINE = 0.9999
 """What the calibrated default grants each tensor."""
 RUNGS = (1.0, 0.8, 0.65, 0.55, 0.48, 0.42, 0.37, 0.33, 0.29, 0.26, 0.23, 0.2, 0.17, 0.14, 0.12, 0.1, 0.08, 0.06, 0.04, 0.02)
@@ -92,50 +85,9 @@ class Planner:
     def solve(self, cap: int) -> Plan | None:
         """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none; solved once a cap."""
         if cap not in self._solved:
-            self._solved[cap] = self._solve(cap)
+            decisions = choose(self.items, self.step, cap)
+            self._solved[cap] = None if decisions is None else self.plan_of(decisions)
         return self._solved[cap]
-
-    def _solve(self, cap: int, *, least: bool = False) -> Plan | None:
-        """The same, solved anew.
-
-        Args:
-            cap: bytes.
-            least: minimise the bytes instead, without a cap.
-        """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-
-        columns = [(i, c) for i, item in enumerate(self.items) for c in item.choices]
-        if not columns:
-            return self.plan_of({})
-        cost = np.array([c.error2 / ERROR**2 + c.cost / (TIME * self.step) for _, c in columns])
-        sizes = np.array([float(c.nbytes) for _, c in columns])
-        of_item: dict[int, list[int]] = defaultdict(list)
-        for j, (i, _) in enumerate(columns):
-            of_item[i].append(j)
-        rows = [(dict.fromkeys(of_item[i], 1.0), 1.0, 1.0) for i in range(len(self.items))]
-        again = {self.items[i].root: j for j, (i, c) in enumerate(columns) if c.name == "recompute"}
-        rows += [
-            ({again[item.root]: 1.0, again[source]: 1.0}, 0.0, 1.0)
-            for item in self.items
-            if item.root in again
-            for source in item.sources & again.keys()
-        ]
-        if not least:
-            rows.append((dict(enumerate(sizes)), 0.0, float(cap)))
-        entries = [(r, j, v) for r, (row, _, _) in enumerate(rows) for j, v in row.items()]
-        at, which, values = zip(*entries, strict=True)
-        matrix = csr_array((values, (at, which)), shape=(len(rows), len(columns)))
-        result = milp(
-            sizes + 1e-6 * cost if least else cost + 1e-12 * sizes,
-            constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [high for _, _, high in rows]),
-            integrality=np.ones(len(columns)),
-            bounds=Bounds(0, 1),
-            options={"time_limit": 20.0, "mip_rel_gap": 1e-3},
-        )
-        if result.x is None:
-            return None
-        return self.plan_of({self.items[i].root: c.name for (i, c), x in zip(columns, result.x, strict=True) if x > 0.5})
 
     def plan_of(self, decisions: dict[str, str]) -> Plan:
         """The plan with these decisions, one for every item."""
@@ -143,7 +95,7 @@ class Planner:
         return Plan(
             decisions,
             sum(c.nbytes for c in chosen),
-            float(sum(c.error2 for c in chosen) ** 0.5),
+            error_of(self.items, decisions),
             sum(c.cost for c in chosen) / self.step,
             peak(timeline(self.applied(decisions))),
             self.measured,
@@ -219,8 +171,9 @@ class Planner:
                 best = plan if best is None or plan.worse(lowest) < best.worse(lowest) else best
         if best is not None:
             return best
-        least = self._solve(0, least=True)
-        assert least is not None
+        smallest = choose(self.items, self.step, None)
+        assert smallest is not None
+        least = self.plan_of(smallest)
         if budget.share is not None:
             raise BudgetError(
                 f"options['memory_budget'] = {budget.share:g} asks for {_mib(int(budget.share * inductor))} saved for backward; "
