@@ -26,6 +26,7 @@ from lowmem_compile.optim.projector import Side
 if TYPE_CHECKING:
     from lowmem_compile.optim.base import LowRankOptimizer
     from lowmem_compile.optim.fused import Fused
+    from lowmem_compile.optim.intake import GradientIntake
 
 _OWNERS: Any = WeakTensorKeyDictionary()
 
@@ -54,11 +55,11 @@ def make_tap(param: Tensor, side: Side, basis: Tensor, shape: tuple[int, ...], g
     return Tap(side, basis, _zero(param, shape, lambda low: ProjectedGradient(low, basis, side, generation)), generation)
 
 
-def make_refresh_tap(optimizer: LowRankOptimizer, param: Tensor, side: Side, shape: tuple[int, ...], generation: int) -> Tap:
+def make_refresh_tap(optimizer: GradientIntake, param: Tensor, side: Side, shape: tuple[int, ...], generation: int) -> Tap:
     """A tap that makes its basis in the backward pass; its gradients go to ``param.grad``."""
     of, to = weakref.ref(optimizer), weakref.ref(param)
 
-    def both() -> tuple[LowRankOptimizer, Tensor]:
+    def both() -> tuple[GradientIntake, Tensor]:
         found, target = of(), to()
         if found is None or target is None:
             raise GradientError(
