@@ -2,104 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from lowmem_compile import partition
-from lowmem_compile.contract import Context, Match
 from lowmem_compile.kernels.group_codes import CODECS, codec_named
-from lowmem_compile.options import Options
-from lowmem_compile.passes.encode_saved import SMALLEST, EncodeSaved
-from lowmem_compile.pipeline import Recorder
-from tests.helpers import TOLERANCE, Graphs, assert_same, check_gradients, compile_graphs, run, run_double
-
-NAME = "encode_saved"
-ROWS, WIDE = 128, 96
-Function = Callable[[Tensor], Tensor]
-
-
-class Block(nn.Module):
-    """A function between two linears; its input or its output is saved: [128, 96]."""
-
-    def __init__(self, function: Function = F.gelu, last: int = WIDE, wide: int = WIDE) -> None:
-        super().__init__()
-        self.up, self.down, self.function = nn.Linear(64, wide), nn.Linear(last, 64), function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.down(self.function(self.up(x)))
-
-
-class Attention(nn.Module):
-    """Self-attention with one linear for query, key and value."""
-
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.qkv, self.out, self.fused = nn.Linear(64, 192), nn.Linear(64, 64), fused
-
-    def forward(self, x: Tensor) -> Any:
-        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True) if self.fused else (q @ k.mT * 0.25).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).flatten(-2))
-
-
-def rows(n: int = ROWS) -> Tensor:
-    return torch.randn(n, 64, requires_grad=True)
-
-
-def tokens() -> Tensor:
-    return torch.randn(8, 128, 64, requires_grad=True)
-
-
-def nbytes(name: str, n: int, width: int) -> int:
-    return codec_named(name).nbytes(n, width)
-
-
-def distances(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
-    """|got - want| / |want| of every tensor, in the Euclidean norm."""
-    assert set(got) == set(want)
-    return {k: ((got[k].double() - want[k].double()).norm() / (want[k].double().norm() + 1e-30)).item() for k in want}
-
-
-def check(graphs: Graphs, model: nn.Module, inputs: Sequence[Tensor], bound: float, **how: Any) -> dict[str, Tensor]:
-    """Outputs are exact to rounding; gradients are as close to float64 as the codec is."""
-    got, want = run(graphs, model, inputs, **how), run_double(model, inputs)
-    near = distances(got, want)
-    far = {k: d for k, d in near.items() if not d <= (1e-5 if k.startswith("output") else bound)}
-    assert not far, f"above {bound}: {far}"
-    return got
-
-
-def check_exact(model: nn.Module, inputs: Sequence[Tensor], codes: list[str], **options: Any) -> None:
-    """Nothing is encoded, for these reasons, and gradients are exact."""
-    graphs = compile_graphs(model, **{"codec": "int8", **options})
-    check_gradients(graphs, model, inputs, inputs[0].dtype)
-    assert graphs.codes(NAME) == codes
-
-
-def held(graphs: Graphs, model: nn.Module, inputs: Sequence[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd really keeps, parameters and inputs left out."""
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    graphs(*inputs)
-    with saved_tensors_hooks(pack, lambda t: t):
-        out = graphs(*inputs)
-    del out
-    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *inputs)}
-    return sum(size for pointer, size in storages.items() if pointer not in given)
+from tests.helpers import TOLERANCE, assert_same, compile_graphs, run, run_double
+from tests.passes.encoding import (
+    NAME,
+    ROWS,
+    WIDE,
+    Attention,
+    Block,
+    Function,
+    check,
+    distances,
+    held,
+    nbytes,
+    rows,
+    tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -177,93 +103,6 @@ def test_a_smaller_group_is_more_accurate() -> None:
         found.append(distances(got, want)["up.weight"])
         assert graphs.chosen.saved_bytes() == codec_named("int4", group=group).nbytes(ROWS, WIDE)
     assert found == sorted(found)
-
-
-def test_a_small_tensor_declines() -> None:
-    assert 32 * WIDE < SMALLEST <= 64 * WIDE
-    check_exact(Block(), [rows(32)], ["LM305"])
-    model = Block()
-    graphs = compile_graphs(model, codec="int8")
-    run(graphs, model, [rows(64)])
-    assert graphs.rewritten(NAME) == 1
-
-
-def test_an_output_of_the_graph_declines() -> None:
-    class Model(Block):
-        def forward(self, x: Tensor) -> Any:
-            hidden = torch.tanh(self.up(x))
-            return self.down(hidden), hidden.view(2, -1)
-
-    check_exact(Model(), [rows()], ["LM302"])
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-@pytest.mark.parametrize(
-    "function",
-    [
-        F.elu,
-        F.softplus,
-        F.softsign,
-        F.hardswish,
-        torch.abs,
-        torch.cos,
-        lambda h: 1 / (9 + h),
-        lambda h: h.detach().sigmoid() / (9 + h),
-        lambda h: torch.log(9 + h),
-        lambda h: torch.sqrt(9 + h),
-        lambda h: torch.where((h > 0.5) | (h < -0.5), h.sin(), h.cos()),
-    ],
-    ids=["elu", "softplus", "softsign", "hardswish", "abs", "cos", "reciprocal", "division", "log", "sqrt", "where"],
-)
-def test_a_use_that_amplifies_an_error_declines(function: Function, frozen: bool) -> None:
-    model = Block(function)
-    model.down.requires_grad_(not frozen)
-    graphs = compile_graphs(model, codec="int8", disable=["approximate_activation"])
-    check_gradients(graphs, model, [rows()])
-    assert set(graphs.codes(NAME)) == {"LM212"}
-
-
-def test_options_that_keep_it_exact() -> None:
-    check_exact(Block(), [rows()], ["LM211"], keep_exact=["up"])
-    check_exact(Block(), [rows()], ["LM201"], gradients="exact")
-    check_exact(Block(), [rows()], [], codec="none")
-    check_exact(Block(), [rows()], [], disable=[NAME])
-
-
-def test_keep_exact_names_one_of_two_modules() -> None:
-    model = nn.Sequential(Block(), Block())
-    graphs = compile_graphs(model, codec="int8", keep_exact=["1.up"])
-    check(graphs, model, [rows()], 0.01)
-    assert sorted(graphs.codes(NAME)) == ["LM100", "LM100", "LM211"]
-
-
-def test_statistics_decline() -> None:
-    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
-    check_exact(model, [torch.randn(SMALLEST, 64, requires_grad=True)], ["LM212", "LM212"])
-
-
-def test_a_copy_of_a_weight_declines() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Parameter(torch.randn(96, 8) / 8), nn.Parameter(torch.randn(8, 64) / 8)
-
-        def forward(self, x: Tensor) -> Any:
-            return F.linear(x, self.up @ self.down)
-
-    check_exact(Model(), [rows()], ["LM212"])
-
-
-def test_float64_declines() -> None:
-    model = Block().double()
-    check_exact(model, [torch.randn(ROWS, 64, dtype=torch.float64, requires_grad=True)], ["LM203"])
-
-
-def test_no_fewer_bytes_decline() -> None:
-    model = Block()
-    graphs = compile_graphs(model, codec="bf16")
-    run(graphs, model, [rows()], autocast=torch.bfloat16)
-    assert set(graphs.codes(NAME)) == {"LM306"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -427,103 +266,3 @@ def test_dynamic_last_dimension(name: str, code: str) -> None:
         check(graphs, model, [torch.randn(ROWS, width, requires_grad=True)], 0.02, mark=1)
     assert graphs.codes(NAME) == [code]
     assert len(graphs.entries) == 1
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("function", [F.gelu, F.relu, torch.tanh], ids=["gelu", "relu", "tanh"])
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
-def test_a_non_finite_input_reaches_the_gradients_as_without_codes(name: str, function: Function, bad: float) -> None:
-    model, x = Block(function), rows().detach()
-    x[3, 5] = bad
-    x.requires_grad_()
-    graphs = compile_graphs(model, codec=name)
-    got, want = run(graphs, model, [x]), run(compile_graphs(model), model, [x])
-    assert graphs.rewritten(NAME) == 1
-    for k in want:
-        assert not got[k][~want[k].isfinite()].isfinite().any(), k
-    others = torch.arange(ROWS) != 3
-    assert got["input 0"][others].isfinite().all()
-
-
-def test_stochastic_rounding_follows_the_seed() -> None:
-    model, x = Block(), rows()
-    graphs = compile_graphs(model, codec="int4", rounding="stochastic")
-    results = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        results.append(run(graphs, model, [x]))
-    assert_same(results[0], results[1], 0)
-    assert not torch.equal(results[0]["up.weight"], results[2]["up.weight"])
-    assert torch.equal(results[0]["output 0"], results[2]["output 0"])
-
-
-def test_stochastic_rounding_is_right_on_average() -> None:
-    """For a gradient that is linear in what is saved, the mean over many draws comes closer than one draw."""
-    model, x = Block(torch.tanh), rows()
-    want = run_double(model, [x])["down.weight"]
-    graphs = compile_graphs(model, codec="int3", rounding="stochastic")
-    draws = [run(graphs, model, [x])["down.weight"].double() for _ in range(100)]
-    one, mean = ((t - want).norm().item() for t in (draws[0], torch.stack(draws).mean(0)))
-    assert mean < one / 5
-
-
-@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
-def test_inside_a_checkpoint(name: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Block(torch.tanh), Block()
-
-        def forward(self, x: Tensor) -> Any:
-            return checkpoint(self.second, checkpoint(self.first, x, use_reentrant=False), use_reentrant=False)
-
-    model = Model()
-    graphs = compile_graphs(model, codec=name)
-    check(graphs, model, [rows()], 2 * CODECS[name].error)
-    assert held(graphs, model, [rows()]) >= graphs.chosen.saved_bytes()
-
-
-def test_beside_dropout_and_masks() -> None:
-    """The mask that the forward pass drew is the one that the backward pass applies."""
-
-    class Model(Block):
-        def forward(self, x: Tensor) -> Any:
-            return self.down(F.dropout(torch.tanh(self.up(x)), 0.5, self.training))
-
-    model, x = Model(), rows()
-    graphs = compile_graphs(model, codec="int8", gradients="approximate")
-    results = []
-    for g in (graphs, compile_graphs(model)):
-        torch.manual_seed(3)
-        results.append(run(g, model, [x]))
-    assert graphs.rewritten(NAME) >= 1
-    assert max(distances(*results).values()) <= 0.02
-
-
-@pytest.mark.parametrize("name", ["bf16", "int8", "int3"])
-def test_idempotent(name: str) -> None:
-    model, x = Block(), rows()
-    graphs = compile_graphs(model, codec=name)
-    run(graphs, model, [x])
-    again, recorder = copy.copy(graphs.chosen), Recorder()
-    before = str(again.forward.graph), str(again.backward.graph)
-    partition.run_saved_stage(again, Context(Options(codec="int8", strict=True), facts={}), recorder)
-    assert not [s for s in recorder.sites if s.pass_name == NAME and s.action == "rewritten"]
-    assert (str(again.forward.graph), str(again.backward.graph)) == before
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after the rewrite"])
-def test_a_failure_leaves_both_graphs_as_they_were(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = EncodeSaved.rewrite
-
-    def broken(self: EncodeSaved, graph: fx.Graph, match: Match, ctx: Context) -> None:
-        if late:
-            original(self, graph, match, ctx)
-        raise ZeroDivisionError("on purpose")
-
-    monkeypatch.setattr(EncodeSaved, "rewrite", broken)
-    model = Block()
-    graphs = compile_graphs(model, codec="int8", strict=False)
-    with pytest.warns(RuntimeWarning, match=NAME):
-        check_gradients(graphs, model, [rows()])
-    assert graphs.codes(NAME) == ["LM900"]
