@@ -73,6 +73,10 @@ def plan_command(
     budget: Annotated[list[float] | None, typer.Option(help="memory_budget, as a share of Inductor's bytes; repeatable.")] = None,
     lora: Annotated[str | None, typer.Option(help="LoRA on qv or all linears; the rest is frozen.")] = None,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1)] = 16,
+    loqt: Annotated[int | None, typer.Option(help="LoQT of this rank on the linears of the layers.", min=1)] = None,
+    fused_backward: Annotated[
+        bool, typer.Option("--fused-backward", help="lowmem steps the optimizer inside the backward pass: gradients do not stay.")
+    ] = False,
     loss_only: Annotated[bool, typer.Option("--loss-only", help="Compile the loss alone: logits are not returned.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Trace all layers; minutes for a deep model.")] = False,
     device: Annotated[str, typer.Option(help="Whose kernels are simulated: cuda or cpu.")] = "cuda",
@@ -81,6 +85,7 @@ def plan_command(
 ) -> None:
     """Plan the memory of training a model of real size, without its weights and without a GPU."""
     from lowmem_compile.memory_plan.command import run_plan
+    from lowmem_compile.memory_plan.subject import Adaptation
 
     run_plan(
         model,
@@ -94,8 +99,8 @@ def plan_command(
         card=card,
         reserve=reserve,
         budgets=tuple(budget) if budget else (0.25,),
-        lora=lora,
-        lora_rank=lora_rank,
+        adaptation=Adaptation(lora, lora_rank, loqt),
+        fused_backward=fused_backward,
         loss_only=loss_only,
         exact=exact,
         device=device,

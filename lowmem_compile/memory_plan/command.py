@@ -16,6 +16,7 @@ from lowmem_compile.memory_plan.fixed import OptimizerSpec
 from lowmem_compile.memory_plan.make import Request, plan_memory
 from lowmem_compile.memory_plan.page import write_plan
 from lowmem_compile.memory_plan.result import MemoryPlan
+from lowmem_compile.memory_plan.subject import Adaptation
 from lowmem_compile.memory_plan.text import print_plan
 from lowmem_compile.memory_plan.trace import Setting
 from lowmem_compile.planner.budget import budget_of
@@ -37,8 +38,8 @@ def run_plan(
     card: str | None,
     reserve: str,
     budgets: tuple[float, ...],
-    lora: str | None,
-    lora_rank: int,
+    adaptation: Adaptation,
+    fused_backward: bool,
     loss_only: bool,
     exact: bool,
     device: str,
@@ -60,13 +61,12 @@ def run_plan(
         model=model,
         batch=batch,
         sequence=sequence,
-        setting=Setting(precision, budgets, loss_only=loss_only, device=device),
+        setting=Setting(precision, budgets, loss_only=loss_only, device=device, fused_backward=fused_backward),
         optimizer=OptimizerSpec(optimizer, rank, {k: v for k, v in state.items() if v is not None}, include),
         card=card,
         reserve=card_bytes(reserve),
         exact=exact,
-        lora=lora,
-        lora_rank=lora_rank,
+        adaptation=adaptation,
     )
     console = Console()
     with _quiet(), Console(stderr=True).status("planning") as status:

@@ -64,6 +64,7 @@ def deepened(run: Run, stack: Stack, depth: int, *, layer_bytes: int | None = No
         IrregularError: the kernels of the layers cannot be told apart.
     """
     more = depth - TRACED
+    gradients = stack.gradients if run.gradients_stay else 0
     middle = [t for t in run.saved if stack.layer(t.module) == 1]
     step = sum(t.nbytes for t in middle)
     if layer_bytes is not None and step:
@@ -78,8 +79,8 @@ def deepened(run: Run, stack: Stack, depth: int, *, layer_bytes: int | None = No
     head, layer, tail = _parts(run.backward, stack, (2, 1, 0))
     backward = [_point(p, stack, more, more * step) for p in head]
     for k in range(more + 1):
-        backward += [_point(p, stack, more - k, (more - k) * step + k * stack.gradients) for p in layer]
-    backward += [_point(p, stack, 0, more * stack.gradients) for p in tail]
+        backward += [_point(p, stack, more - k, (more - k) * step + k * gradients) for p in layer]
+    backward += [_point(p, stack, 0, more * gradients) for p in tail]
     return replace(run, saved=tuple(saved), forward=tuple(forward), backward=tuple(backward))
 
 

@@ -14,7 +14,7 @@ from lowmem_compile.memory_plan.depth import CHECKED, TRACED, Deviation, Irregul
 from lowmem_compile.memory_plan.fixed import Fixed, OptimizerSpec, fixed_bytes, in_dtype
 from lowmem_compile.memory_plan.result import Contender, Largest, MemoryPlan
 from lowmem_compile.memory_plan.search import LARGEST, Line, first_guess, largest_size, line_of
-from lowmem_compile.memory_plan.subject import Subject, stack_of, subject_of
+from lowmem_compile.memory_plan.subject import PLAIN, Adaptation, Subject, stack_of, subject_of
 from lowmem_compile.memory_plan.trace import Run, Setting, Trace, trace
 from lowmem_compile.planner.timeline import thinned
 from lowmem_compile.reporting.summary import bytes_by, group_by_layer
@@ -38,8 +38,7 @@ class Request:
         card: name or size of a card; the largest batch and sequence are searched for it.
         reserve: bytes of the card that are not for tensors.
         exact: trace all layers.
-        lora: ``"qv"`` or ``"all"``.
-        lora_rank: rank of LoRA.
+        adaptation: LoRA or LoQT.
     """
 
     model: str
@@ -50,8 +49,7 @@ class Request:
     card: str | None = None
     reserve: int = GIB
     exact: bool = False
-    lora: str | None = None
-    lora_rank: int = 16
+    adaptation: Adaptation = PLAIN
 
 
 def plan_memory(request: Request, say: Say = lambda _: None) -> MemoryPlan:
@@ -63,7 +61,7 @@ def plan_memory(request: Request, say: Say = lambda _: None) -> MemoryPlan:
     """
     start = time.perf_counter()
     room = card_bytes(request.card) if request.card is not None else None
-    subject = subject_of(request.model, lora=request.lora, rank=request.lora_rank)
+    subject = subject_of(request.model, request.adaptation)
     batch, sequence = request.batch or subject.batch, request.sequence or subject.sequence
     say("counting weights and optimizer state")
     whole = in_dtype(subject.make(None, batch, sequence).model, request.setting.precision)
@@ -83,7 +81,7 @@ def plan_memory(request: Request, say: Say = lambda _: None) -> MemoryPlan:
         }
     return MemoryPlan(
         model=request.model,
-        title=subject.title + (f", LoRA on {request.lora}, rank {request.lora_rank}" if request.lora else ""),
+        title=", ".join(filter(None, (subject.title, str(request.adaptation)))),
         parameters=fixed.parameters,
         trained=fixed.trained,
         layers=subject.depth,
@@ -111,7 +109,7 @@ def plan_memory(request: Request, say: Say = lambda _: None) -> MemoryPlan:
 def _stack(model: nn.Module, name: str | None) -> Stack | None:
     if name is None:
         return None
-    layer = model.get_submodule(name)[1]  # type: ignore[index]
+    layer = model.get_submodule(name)[0]  # type: ignore[index]
     return Stack(name, sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad))
 
 
@@ -192,7 +190,7 @@ def _contender(name: str, run: Run, fixed: Fixed, repeats: bool, off: Deviation 
         name=name,
         saved=run.saved_bytes,
         peak=run.peak,
-        total=fixed.weights + fixed.state + round(_need(run.peak, fixed)),
+        total=fixed.weights + fixed.state + round(_need(run.peak, fixed, run)),
         traced=not repeats,
         saved_off=None if off is None else off.saved,
         peak_off=None if off is None else off.peak,
@@ -204,9 +202,9 @@ def _contender(name: str, run: Run, fixed: Fixed, repeats: bool, off: Deviation 
     )
 
 
-def _need(peak: float, fixed: Fixed) -> float:
-    """Bytes beyond weights and optimizer state: the peak of the pass, or of the optimizer's step."""
-    return max(peak, fixed.gradients + fixed.scratch)
+def _need(peak: float, fixed: Fixed, run: Run) -> float:
+    """Bytes beyond weights and optimizer state: this peak of the pass, or that of the optimizer's step where one follows it."""
+    return max(peak, fixed.gradients + fixed.scratch) if run.gradients_stay else peak
 
 
 @dataclass(frozen=True)
@@ -234,19 +232,19 @@ class _Fits:
 
     def _search(self, steps: range, at: int, runs: Callable[[int], dict[str, Run]], limit: int | None) -> dict[str, Largest]:
         here = runs(at)
-        if self.free < self.fixed.gradients + self.fixed.scratch:
+        if _need(0, self.fixed, here["lowmem"]) > self.free:
             return dict.fromkeys(here, Largest(0, "estimated"))
         other = self._second(steps, at, here)
         if other == at:
-            return {n: Largest(at if run.peak <= self.free else 0, "traced") for n, run in here.items()}
+            return {n: Largest(at if self._need_of(run) <= self.free else 0, "traced") for n, run in here.items()}
         there = runs(other)
         lines = {n: line_of(here[n], at, there[n], other) for n in here.keys() & there.keys()}
-        answer = self._largest(lines["lowmem"], steps)
+        answer = self._largest(lines["lowmem"], steps, here["lowmem"])
         if answer not in (0, at, other):
             checked = runs(answer)
             nearest = {n: line_of(here[n], at, checked[n], answer) for n in here.keys() & checked.keys()}
-            lines = {n: line if self._largest(line, steps) <= answer else lines[n] for n, line in nearest.items()}
-        found = {n: self._largest(lines[n], steps) for n in here if n in lines}
+            lines = {n: line if self._largest(line, steps, here[n]) <= answer else lines[n] for n, line in nearest.items()}
+        found = {n: self._largest(lines[n], steps, run) for n, run in here.items() if n in lines}
         return {n: Largest(size, self._how(n, size, runs, {at, other, answer}, limit)) for n, size in found.items()}
 
     def _second(self, steps: range, at: int, here: Mapping[str, Run]) -> int:
@@ -258,10 +256,10 @@ class _Fits:
         return max(min(steps[-1], guess // steps.step * steps.step), steps[0])
 
     def _need_of(self, run: Run) -> float:
-        return _need(run.peak, self.fixed)
+        return _need(run.peak, self.fixed, run)
 
-    def _largest(self, line: Line, steps: range) -> int:
-        return largest_size(lambda size: _need(line.peak(size), self.fixed), self.free, steps)
+    def _largest(self, line: Line, steps: range, like: Run) -> int:
+        return largest_size(lambda size: _need(line.peak(size), self.fixed, like), self.free, steps)
 
     def _how(self, name: str, size: int, runs: Callable[[int], dict[str, Run]], seen: set[int], limit: int | None) -> str:
         if limit is not None and size + SEQUENCE_STEP > limit:
@@ -289,6 +287,13 @@ def _notes(request: Request, tracer: _Tracer) -> list[str]:
         notes.append("All layers were traced: the model has no single list of layers alike.")
     if tracer.graphs > 1:
         notes.append(f"The step is {tracer.graphs} graphs (graph breaks); what one keeps lies under the peak of the next.")
+    if request.setting.fused_backward:
+        notes.append(
+            "--fused-backward: lowmem's gradients go as soon as the step inside the backward pass has read them; that step's "
+            "scratch memory is not counted. Eager's and Inductor's gradients stay to the end of the pass."
+        )
+    if request.adaptation.loqt is not None:
+        notes.append("LoQT's first merge, and loading the model, take the whole weights once.")
     if not request.setting.loss_only:
         notes.append(
             "The model is compiled whole, so all that it returns stays alive (logits); --loss-only compiles the loss alone."

@@ -2,7 +2,8 @@
 
 Given by a name of :mod:`lowmem_compile.memory_plan.catalogue`, by the ``config.json`` of a Hugging Face model, or by
 ``package.module:function``. The function is called with those of ``batch``, ``sequence`` and ``layers`` that it has arguments
-for, on the meta device, and returns a model and its inputs (a tensor, a tuple, or a dict of arguments by name).
+for, on the meta device, and returns a model and its inputs (a tensor, a tuple, or a dict of arguments by name). Before it is
+planned it may be adapted: LoRA, or LoQT.
 """
 
 from __future__ import annotations
@@ -22,9 +23,61 @@ from torch import nn
 from lowmem_compile.demo.packages import quiet, require
 from lowmem_compile.errors import LowMemError, OptionError
 from lowmem_compile.memory_plan.catalogue import KNOWN
+from lowmem_compile.optim.loqt import loqt
+from lowmem_compile.optim.loqt.linear import layers_of
 
 ADAPTED = {"qv": r".*\.(q_proj|v_proj|query|value|c_attn)", "all": "all-linear"}
 """Which linears ``--lora`` adapts."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is done to a model before it is trained.
+
+    Attributes:
+        lora: ``"qv"`` or ``"all"``: freeze the model and adapt these linears with LoRA.
+        lora_rank: of LoRA.
+        loqt: rank of LoQT for the linears of the repeated layers (all linears where there are none), after its first merge;
+            scales in 8 bits.
+    """
+
+    lora: str | None = None
+    lora_rank: int = 16
+    loqt: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.lora not in ADAPTED:
+            raise OptionError(f"--lora {self.lora!r} must be one of {', '.join(ADAPTED)}")
+        if self.lora is not None and self.loqt is not None:
+            raise OptionError(f"--lora {self.lora} and --loqt {self.loqt} adapt the same linears; give one of them")
+
+    def __str__(self) -> str:
+        if self.lora is not None:
+            return f"LoRA on {self.lora}, rank {self.lora_rank}"
+        return f"LoQT, rank {self.loqt}" if self.loqt is not None else ""
+
+    def of(self, model: nn.Module, layers: int | None) -> nn.Module:
+        """The adapted model, which has so many repeated layers.
+
+        Raises:
+            OptionError: a rank that is not below a linear's smaller dimension; nothing to adapt.
+        """
+        if self.lora is not None:
+            peft = require("peft")
+            config = peft.LoraConfig(
+                r=self.lora_rank, lora_alpha=self.lora_rank, target_modules=ADAPTED[self.lora], lora_dropout=0.0
+            )
+            adapted: nn.Module = peft.get_peft_model(model, config)
+            return adapted
+        if self.loqt is not None:
+            stack = stack_of(model, layers) if layers is not None else None
+            loqt(model, self.loqt, include=(f"{stack}.*" if stack else "*",), double_quantise=True)
+            for _, layer in layers_of(model):
+                layer.take_merged_form()
+        return model
+
+
+PLAIN = Adaptation()
 
 
 @dataclass(frozen=True)
@@ -59,36 +112,33 @@ class Subject:
     make: Callable[[int | None, int, int | None], Made]
 
 
-def subject_of(name: str, *, lora: str | None = None, rank: int = 16) -> Subject:
+def subject_of(name: str, adaptation: Adaptation = PLAIN) -> Subject:
     """The model that a name, a path or ``package.module:function`` stands for.
 
     Args:
         name: see the module.
-        lora: ``"qv"`` or ``"all"``: freeze the model and adapt these linears with LoRA.
-        rank: of LoRA.
+        adaptation: what is done to the model before it is trained.
 
     Raises:
-        OptionError: it is none of the three, or LoRA is asked for a kind that is not known.
+        OptionError: it is none of the three.
         LowMemError: the configuration or the function cannot be used; the message says why.
     """
-    if lora is not None and lora not in ADAPTED:
-        raise OptionError(f"--lora {lora!r} must be one of {', '.join(ADAPTED)}")
     if name in KNOWN:
         known = KNOWN[name]
         transformers = require("transformers")
         config = getattr(transformers, known.config)(**known.settings)
-        return _from_config(name, config, getattr(transformers, known.model), known.batch, known.sequence, lora, rank)
+        return _from_config(name, config, getattr(transformers, known.model), known.batch, known.sequence, adaptation)
     if name.endswith(".json") or Path(name).is_dir():
-        return _from_file(name, lora, rank)
+        return _from_file(name, adaptation)
     if ":" in name:
-        return _from_function(name, lora, rank)
+        return _from_function(name, adaptation)
     raise OptionError(
         f"{name!r} is no model that can be planned. Give one of {', '.join(KNOWN)}; the path of a config.json of a Hugging Face "
         "model; or package.module:function, a function that returns a model and its inputs."
     )
 
 
-def _from_file(name: str, lora: str | None, rank: int) -> Subject:
+def _from_file(name: str, adaptation: Adaptation) -> Subject:
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -104,12 +154,10 @@ def _from_file(name: str, lora: str | None, rank: int) -> Subject:
     images = hasattr(config, "image_size")
     longest = getattr(config, "max_position_embeddings", 2048)
     sequence = None if images else min(2048, longest)
-    return _from_config(name, config, getattr(transformers, classes[0]), 8 if images else 1, sequence, lora, rank)
+    return _from_config(name, config, getattr(transformers, classes[0]), 8 if images else 1, sequence, adaptation)
 
 
-def _from_config(
-    name: str, config: Any, model_class: Any, batch: int, sequence: int | None, lora: str | None, rank: int
-) -> Subject:
+def _from_config(name: str, config: Any, model_class: Any, batch: int, sequence: int | None, adaptation: Adaptation) -> Subject:
     settings = config.to_dict()
     kinds = set(settings.get("layer_types") or ())
     alike = len(kinds) <= 1 and not getattr(config, "is_encoder_decoder", False)
@@ -124,7 +172,7 @@ def _from_config(
         if hasattr(fresh, "use_cache"):
             fresh.use_cache = False
         with quiet(), torch.device("meta"):
-            model: nn.Module = _adapted(model_class(fresh), lora, rank)
+            model: nn.Module = adaptation.of(model_class(fresh), depth if layers is None else layers)
             return Made(model.train(), (), inputs_of(model_class.__name__, fresh, rows, length))
 
     longest = getattr(config, "max_position_embeddings", None) if sequence is not None else None
@@ -153,7 +201,7 @@ def inputs_of(model_class: str, config: Any, rows: int, length: int | None) -> d
     )
 
 
-def _from_function(name: str, lora: str | None, rank: int) -> Subject:
+def _from_function(name: str, adaptation: Adaptation) -> Subject:
     module, _, attribute = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -172,21 +220,12 @@ def _from_function(name: str, lora: str | None, rank: int) -> Subject:
             if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
                 raise LowMemError(f"{name} must return a model and its inputs; it returned {type(made).__name__}")
             model, inputs = made
-            model = _adapted(model, lora, rank).train()
+            model = adaptation.of(model, defaults.get("layers") if layers is None else layers).train()
         if isinstance(inputs, Mapping):
             return Made(model, (), dict(inputs))
         return Made(model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
 
     return Subject(name, "function", defaults.get("layers"), defaults.get("batch", 1), defaults.get("sequence"), None, make)
-
-
-def _adapted(model: nn.Module, lora: str | None, rank: int) -> nn.Module:
-    if lora is None:
-        return model
-    peft = require("peft")
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED[lora], lora_dropout=0.0)
-    adapted: nn.Module = peft.get_peft_model(model, config)
-    return adapted
 
 
 def stack_of(model: nn.Module, depth: int) -> str | None:

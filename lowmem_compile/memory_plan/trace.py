@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowmem_compile import registry
 from lowmem_compile._torch import FakeTensorMode, dry_run
 from lowmem_compile.errors import BudgetError, LowMemError
+from lowmem_compile.memory_plan.fixed import in_dtype
 from lowmem_compile.memory_plan.subject import Made
 from lowmem_compile.partition import Candidates, after_saved_stage, planner_of, stock_of
 from lowmem_compile.pipeline import Recorder
@@ -40,6 +41,7 @@ class Run:
         backward: the same; gradients stay until the end.
         held: how much higher the peak is with buffers that wait for later ones.
         error: estimated relative error of the gradient, where a budget was planned.
+        gradients_stay: gradients live to the end of the backward pass, and not only where the optimizer's step reads them.
     """
 
     saved: tuple[SavedTensor, ...]
@@ -47,6 +49,7 @@ class Run:
     backward: tuple[TimelinePoint, ...]
     held: int = 0
     error: float | None = None
+    gradients_stay: bool = True
 
     @property
     def saved_bytes(self) -> int:
@@ -69,6 +72,7 @@ class Setting:
         options: further options of the backend.
         loss_only: compile a function that returns the loss alone, not the model with all its outputs.
         device: whose kernels are simulated: ``"cuda"`` or ``"cpu"``.
+        fused_backward: lowmem steps the optimizer inside the backward graph, where each gradient goes as soon as it was made.
         part: the traced layers stand for more of their kind. A budget then means its cap alone: the peak of a few layers says
             little about that of many.
     """
@@ -78,6 +82,7 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     loss_only: bool = False
     device: str = "cuda"
+    fused_backward: bool = False
     part: bool = False
 
 
@@ -99,7 +104,7 @@ def trace(made: Made, setting: Setting) -> Trace:
     """
     start = time.perf_counter()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = on_cpu(made.model, mode, setting.precision)
+    model = on_cpu(in_dtype(made.model, setting.precision), mode)
     args, kwargs = torch.utils._pytree.tree_map_only(
         Tensor, lambda t: fake(t, mode, _dtype(t.dtype, setting.precision)), (made.args, made.kwargs)
     )
@@ -135,7 +140,8 @@ def runs_of(entry: Entry, candidates: Candidates, setting: Setting) -> tuple[dic
     ctx = candidates.context
     stock = stock_of(candidates.partitions["inductor"], ctx)
     runs["inductor"] = run_of(stock, setting.device)
-    runs["lowmem"] = run_of(candidates.compiled, setting.device)
+    stay = not setting.fused_backward
+    runs["lowmem"] = run_of(candidates.compiled, setting.device, gradients_stay=stay)
     refused: dict[str, str] = {}
     if setting.budgets:
         planner = planner_of(candidates.before_codecs, ctx)
@@ -149,7 +155,7 @@ def runs_of(entry: Entry, candidates: Candidates, setting: Setting) -> tuple[dic
                 continue
             planned = replace(ctx, facts={**ctx.facts, "plan": plan})
             compiled = after_saved_stage(candidates.before_codecs, planned, Recorder())
-            runs[name] = replace(run_of(compiled, setting.device), error=plan.error)
+            runs[name] = replace(run_of(compiled, setting.device, gradients_stay=stay), error=plan.error)
     return runs, refused
 
 
@@ -158,13 +164,13 @@ def budget_name(budget: float) -> str:
     return f"lowmem {budget:g}"
 
 
-def run_of(partition: Partition, device: str) -> Run:
+def run_of(partition: Partition, device: str, *, gradients_stay: bool = True) -> Run:
     """A partition's saved tensors and simulated kernels."""
     program = program_of(partition)
-    forward, backward = kernel_points(program, device, hold=False)
-    with_held = [p for phase in kernel_points(program, device) for p in phase]
+    forward, backward = kernel_points(program, device, hold=False, gradients_stay=gradients_stay)
+    with_held = [p for phase in kernel_points(program, device, gradients_stay=gradients_stay) for p in phase]
     held = highest(with_held) - highest((*forward, *backward))
-    return Run(partition.saved_tensors(), tuple(forward), tuple(backward), max(held, 0))
+    return Run(partition.saved_tensors(), tuple(forward), tuple(backward), max(held, 0), gradients_stay=gradients_stay)
 
 
 def joined(runs: Sequence[Run]) -> Run:
@@ -183,10 +189,12 @@ def joined(runs: Sequence[Run]) -> Run:
     for run, base in zip(reversed(runs), reversed(bases), strict=True):
         backward += [replace(p, live_bytes=p.live_bytes + base + gradients) for p in run.backward]
         gradients += run.backward[-1].live_bytes if run.backward else 0
-    return Run(tuple(t for r in runs for t in r.saved), tuple(forward), tuple(backward), max(r.held for r in runs))
+    saved = tuple(t for r in runs for t in r.saved)
+    held = max(r.held for r in runs)
+    return Run(saved, tuple(forward), tuple(backward), held, gradients_stay=runs[0].gradients_stay)
 
 
-def on_cpu(model: nn.Module, mode: FakeTensorMode, precision: str) -> nn.Module:
+def on_cpu(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Put fake CPU tensors in place of a meta model's parameters and buffers, in place; tied parameters stay tied."""
     known: dict[int, Any] = {}
     for module in model.modules():
@@ -195,7 +203,7 @@ def on_cpu(model: nn.Module, mode: FakeTensorMode, precision: str) -> nn.Module:
                 if value is None:
                     continue
                 if id(value) not in known:
-                    new = fake(value, mode, _dtype(value.dtype, precision))
+                    new = fake(value, mode, value.dtype)
                     trained = isinstance(value, nn.Parameter)
                     known[id(value)] = nn.Parameter(new, requires_grad=value.requires_grad) if trained else new
                 table[name] = known[id(value)]

@@ -46,7 +46,9 @@ def shortened(points: Sequence[TimelinePoint]) -> tuple[TimelinePoint, ...]:
     return tuple(found)
 
 
-def kernel_points(program: Program, device: str = "cpu", *, hold: bool = True) -> tuple[list[TimelinePoint], list[TimelinePoint]]:
+def kernel_points(
+    program: Program, device: str = "cpu", *, hold: bool = True, gradients_stay: bool = True
+) -> tuple[list[TimelinePoint], list[TimelinePoint]]:
     """The forward and the backward pass with a point for each kernel.
 
     Args:
@@ -54,13 +56,16 @@ def kernel_points(program: Program, device: str = "cpu", *, hold: bool = True) -
         device: ``"cpu"``, where loops that follow one another are one call, or ``"cuda"``, where each kernel is a launch.
         hold: keep dead buffers for later ones, as Inductor does where that does not raise the peak that it expects. Without,
             what is alive in one layer depends on that layer alone.
+        gradients_stay: to the end of the backward pass. Otherwise each goes with the kernel that makes it or reads it last, as
+            where the optimizer's step is a part of the graph; that step's scratch memory is not counted.
     """
     forward_kernels = kernels_of(program.forward, program.forward_outputs)
     backward_kernels = kernels_of(program.backward, program.backward_outputs)
     start = {c.inputs: (c.nbytes, c.dtype) for c in program.crossings}
     way = _Way(grouped=device == "cpu", hold=hold)
     forward = _run(forward_kernels, {}, program.forward_outputs, "forward", way)
-    return forward, _run(backward_kernels, start, program.backward_outputs, "backward", way)
+    stay = program.backward_outputs if gradients_stay else frozenset[str]()
+    return forward, _run(backward_kernels, start, stay, "backward", way)
 
 
 def peak(points: Sequence[TimelinePoint]) -> int:

@@ -13,7 +13,7 @@ from lowmem_compile.memory_plan.cards import GIB, card_bytes
 from lowmem_compile.memory_plan.depth import IrregularError, Stack, deepened
 from lowmem_compile.memory_plan.fixed import OptimizerSpec, fixed_bytes
 from lowmem_compile.memory_plan.search import largest_size, line_of
-from lowmem_compile.memory_plan.subject import stack_of, subject_of
+from lowmem_compile.memory_plan.subject import Adaptation, stack_of, subject_of
 from lowmem_compile.memory_plan.trace import Run, joined
 from lowmem_compile.reporting.model import SavedTensor, TimelinePoint
 
@@ -86,7 +86,9 @@ def test_errors_say_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="adamw-8bit"):
         OptimizerSpec("adam9")
     with pytest.raises(OptionError, match="qv"):
-        subject_of("llama-7b", lora="q")
+        Adaptation(lora="q")
+    with pytest.raises(OptionError, match="same linears"):
+        Adaptation(lora="qv", loqt=8)
     with pytest.raises(LowMemError, match="cannot be imported"):
         subject_of("no_such_module:f")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")

@@ -110,6 +110,14 @@ class LoQTLinear(nn.Module):
             else:
                 self.register_buffer(key, tensor.contiguous().clone())
 
+    def take_merged_form(self) -> None:
+        """Hold W_q and P from here on, as yet undefined, in place of the whole weight."""
+        self.drop_full()
+        for what, form in self.formats.items():
+            for name, (shape, dtype) in form.parts().items():
+                self.register_buffer(f"{what}_{name}", torch.empty(shape, dtype=dtype, device=self.B.device))
+        self.started = True
+
     def drop_full(self) -> None:
         """Let go of the whole weight: from here on W_q, P and B hold it."""
         self._buffers.pop(FULL, None)
@@ -172,17 +180,13 @@ class LoQTLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take the form of the checkpoint, merged or not yet; a plain linear's weight is taken before the first merge."""
-        keys = {f"{what}_{name}": spec for what, how in self.formats.items() for name, spec in how.parts().items()}
-        device = self.B.device
+        keys = [f"{what}_{name}" for what, how in self.formats.items() for name in how.parts()]
         if not self.merged and all(prefix + key in state_dict for key in keys):
-            self.drop_full()
-            for key, (shape, dtype) in keys.items():
-                self.register_buffer(key, torch.empty(shape, dtype=dtype, device=device))
-            self.started = True
+            self.take_merged_form()
         elif self.merged and prefix + FULL in state_dict:
             for key in keys:
                 self._buffers.pop(key, None)
-            self.register_buffer(FULL, torch.empty(self.out_features, self.in_features, dtype=self.B.dtype, device=device))
+            self.register_buffer(FULL, torch.empty(self.out_features, self.in_features, dtype=self.B.dtype, device=self.B.device))
         if not self.merged and prefix + "weight" in state_dict and prefix + FULL not in state_dict:
             plain = cast("dict[str, Any]", state_dict)
             plain[prefix + FULL] = plain.pop(prefix + "weight")
