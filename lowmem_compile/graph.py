@@ -268,6 +268,16 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     return out
 
 
+def forget_mutation_regions(graph: fx.Graph) -> None:
+    """Have Inductor number the regions between writes anew: its patterns match within a region only.
+
+    It numbers a graph once, before the partition, and goes by what it finds in the meta of the nodes. Where a pass writes to an
+    input since, ``add(a, mm(b, W))`` would become one ``addmm`` behind a write to W that stands between the two.
+    """
+    for node in graph.nodes:
+        node.meta.pop("mutation_region_id", None)
+
+
 def replace_and_erase(graph: fx.Graph, node: fx.Node, new: Any) -> None:
     """Replace a node, single- or multi-output, by the node or tuple of nodes ``new``, and erase it."""
     if isinstance(new, (tuple, list)):

@@ -28,7 +28,7 @@ from lowmem_compile._torch import (
 )
 from lowmem_compile.contract import Context, Rewrite, Stage
 from lowmem_compile.errors import CalibrationError, ScheduleError
-from lowmem_compile.graph import copy_module, decompose, is_tangent, placeholders, storage_root
+from lowmem_compile.graph import copy_module, decompose, forget_mutation_regions, is_tangent, placeholders, storage_root
 from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
 from lowmem_compile.passes.approximate_activation import ACTIVATIONS
 from lowmem_compile.pipeline import Recorder, run_stage
@@ -324,8 +324,9 @@ def run_saved_stage(partition: Partition, ctx: Context, recorder: Recorder) -> N
     """Run the passes over the backward graph, then those over the tensors that cross from forward to backward."""
     run_stage(Stage.BACKWARD, partition.backward, backward_context(partition, ctx), recorder)
     run_stage(Stage.SAVED, partition.forward, saved_context(partition, ctx), recorder)
-    partition.forward.recompile()
-    partition.backward.recompile()
+    for module in (partition.forward, partition.backward):
+        forget_mutation_regions(module.graph)
+        module.recompile()
 
 
 def backward_context(partition: Partition, ctx: Context) -> Context:

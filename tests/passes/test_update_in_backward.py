@@ -393,3 +393,34 @@ def test_with_generated_code_the_peak_holds_no_sum_of_gradients() -> None:
     assert peak(model, updates=True) < 1.5 * matrix
     assert_same(state(model), want, TOLERANCE[torch.float32])
     assert peak(model, updates=False) > layers * matrix
+
+
+class Branches(nn.Module):
+    """Two linears read what a third one makes, as queries and keys do: the gradient of that is a sum of two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return (torch.tanh(self.left(y)) * torch.tanh(self.right(y))).square().mean()
+
+
+@pytest.mark.e2e
+def test_generated_code_reads_a_weight_before_it_writes_to_it() -> None:
+    """Inductor makes one ``addmm`` of such a sum, at the place of the addition: it must not move it behind a write."""
+    torch.manual_seed(0)
+    model, x = Branches().double(), torch.randn(16, 32, dtype=torch.float64)
+    want = plain_sgd(model, x, rate=20.0)
+    compiled = torch.compile(model, backend="lowmem", options={"gradients": "exact", "report": False, "strict": True})
+    backward_with_updates(lambda: compiled(x), sgd_for(model, rate=20.0))
+    assert_same(state(model), want, TOLERANCE[torch.float64])
+
+
+def test_no_node_says_in_which_region_between_writes_it_was() -> None:
+    graphs = graphs_of(model := Branches())
+    backward_with_updates(lambda: graphs(torch.randn(16, 32)), sgd_for(model))
+    nodes = [n for module in (graphs.chosen.forward, graphs.chosen.backward) for n in module.graph.nodes]
+    assert any(n.target is COPY for n in nodes)
+    assert not [n for n in nodes if "mutation_region_id" in n.meta]
