@@ -28,7 +28,8 @@ def report(compiled: Any = None) -> Report:
     if not entries:
         raise ReportError(
             "lowmem has compiled no graph of this object. Call it once after torch.compile(..., backend='lowmem') "
-            "(compilation happens at the first call), or use lowmem_compile.explain(model, *inputs) for a dry run."
+            "(compilation happens at the first call), or use lowmem_compile.explain(model, *inputs) for a dry run. "
+            "The method compile() of a torch.nn.Sequential compiles nothing (pytorch#150915): use torch.compile(model, ...)."
         )
     return Report(
         graphs=tuple(e.report() for e in entries),

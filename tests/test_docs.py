@@ -201,6 +201,12 @@ def module_file(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@pytest.mark.parametrize(("name", "source"), python_blocks(), ids=lambda value: value if "#" in value[:80] else "")
+def test_no_block_calls_a_method_that_compiles_nothing(name: str, source: str) -> None:
+    """``nn.Sequential.compile`` (pytorch#150915)."""
+    assert not ("Sequential(" in source and re.search(r"\bmodel\.compile\(", source)), name
+
+
 def test_there_are_python_blocks() -> None:
     assert len(python_blocks()) >= 5
 
