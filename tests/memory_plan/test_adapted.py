@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,21 +17,11 @@ from lowmem_compile.memory_plan.fixed import OptimizerSpec, fixed_bytes, in_dtyp
 from lowmem_compile.memory_plan.result import MemoryPlan
 from lowmem_compile.memory_plan.subject import Adaptation, Subject, subject_of
 from lowmem_compile.memory_plan.trace import Setting, Trace, trace
+from tests.memory_plan.tiny import CONFIG
 
 transformers = pytest.importorskip("transformers")
 
 BATCH, LENGTH, RANK = 2, 64, 16
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-}
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,11 @@ from lowmem_compile.memory_plan.page import render_plan
 from lowmem_compile.memory_plan.result import MemoryPlan
 from lowmem_compile.memory_plan.subject import Subject, stack_of, subject_of
 from lowmem_compile.memory_plan.trace import Setting, Trace, trace
+from tests.memory_plan.tiny import CONFIG
 
 pytest.importorskip("transformers")
 
 BATCH, LENGTH = 2, 128
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-}
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_no_combination_is_better(items: list[Item], share: float) -> None:
         assert found is None
         return
     assert found in list(allowed(items, cap))
-    assert objective(items, found) <= best * (1 + 2 * GAP) + 1e-6
+    assert objective(items, found) <= best / (1 - GAP) + 1e-6
 
 
 @given(problems())
