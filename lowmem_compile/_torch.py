@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import types
 import unittest.mock
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -40,12 +41,14 @@ from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
     "CustomPartitionerFn",
     "CustomSchedulerPass",
     "FakeTensor",
     "FakeTensorMode",
+    "Gathered",
     "GraphTransformObserver",
     "LazyGraphModule",
     "MinCutOptions",
@@ -62,6 +65,7 @@ __all__ = [
     "dynamo_counters",
     "dynamo_explain",
     "functorch_config",
+    "gathered_by_fsdp",
     "inductor_config",
     "join_in_place",
     "keep_in_memory",
@@ -344,6 +348,77 @@ def at_end_of_backward(run: Callable[[], None]) -> None:
     """Call ``run`` when the backward pass that is running has ended."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(run)
+
+
+def backward_pass() -> int:
+    """A number for the backward pass that is running; -1 outside of one."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+class Gathered:
+    """A whole parameter that FSDP2 gathered for a forward pass, and what FSDP would do with its gradient.
+
+    The model computes with it; the optimizer holds :attr:`sharded` in its place.
+    """
+
+    def __init__(self, param: Any, group: Any) -> None:
+        self._param, self._group = weakref.ref(param), weakref.ref(group)
+
+    @property
+    def sharded(self) -> torch.Tensor | None:
+        """The parameter that holds the rows of this rank; ``None`` if the module is gone."""
+        param = self._param()
+        return None if param is None else param.sharded_param
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a backward pass reduces gradients (``set_requires_gradient_sync``)."""
+        group = self._group()
+        return group is None or bool(group.reduce_grads)
+
+    @property
+    def divisor(self) -> float | None:
+        """What ``set_gradient_divide_factor`` set; ``None``: the number of ranks."""
+        group = self._group()
+        return None if group is None else cast("float | None", group.gradient_divide_factor)
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """The dtype that gradients are sent in; ``None``: their own."""
+        param = self._param()
+        return None if param is None else cast("torch.dtype | None", param.reduce_dtype)
+
+
+_GATHERED: Any = WeakTensorKeyDictionary()
+
+
+def gathered_by_fsdp(param: torch.Tensor) -> Gathered | None:
+    """What is known of a parameter that FSDP2 (``fully_shard``) gathered; ``None`` for any other."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    if param not in _GATHERED:
+        _GATHERED[param] = next((Gathered(p, group) for p, group in _fsdp_parameters() if p._unsharded_param is param), None)
+    return cast("Gathered | None", _GATHERED[param])
+
+
+def _fsdp_parameters() -> Iterator[tuple[Any, Any]]:
+    """All parameters that FSDP2 has gathered at least once, each with its group."""
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        for group in getattr(state, "_fsdp_param_groups", ()) if isinstance(state, FSDPState) else ():
+            yield from ((p, group) for p in group.fsdp_params if hasattr(p, "_unsharded_param"))
+
+
+def rows_like(param: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A DTensor laid out as ``param`` is, that holds ``rows`` on this rank; the tensor is taken as it is, whatever its class."""
+    from torch.distributed.tensor import DTensor
+
+    spec: Any = param._spec  # type: ignore[attr-defined]
+    return DTensor(rows, spec, requires_grad=False)  # type: ignore[call-arg, no-any-return, unused-ignore]
 
 
 def compiled_backward(outputs: Any) -> Any:

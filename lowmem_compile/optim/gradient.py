@@ -20,8 +20,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lowmem_compile._torch import rows_like
 from lowmem_compile.errors import GradientError
 from lowmem_compile.optim.projector import Side, down, up
+from lowmem_compile.optim.sharded import Ranks, is_sharded, local
 
 aten = torch.ops.aten
 
@@ -36,6 +38,7 @@ class ProjectedGradient(Tensor):
         generation: of the basis: which refresh made it.
         empty: it was set to zero and nothing was added since.
         full: a whole gradient that was added in place to an empty one, and then stands for it; usually ``None``.
+        ranks: those that hold the same R, each for the rows of G that belong to its rows of L; or ``None``.
     """
 
     low: Tensor
@@ -44,13 +47,17 @@ class ProjectedGradient(Tensor):
     generation: int
     empty: bool
     full: Tensor | None
+    ranks: Ranks | None
 
     @staticmethod
-    def __new__(cls, low: Tensor, basis: Tensor, side: Side, generation: int, *, empty: bool = False) -> Self:
+    def __new__(
+        cls, low: Tensor, basis: Tensor, side: Side, generation: int, *, empty: bool = False, ranks: Ranks | None = None
+    ) -> Self:
         shape = (low.shape[0], basis.shape[0]) if side == "right" else (basis.shape[0], low.shape[1])
         make: Callable[..., Self] = Tensor._make_wrapper_subclass
         self = make(cls, shape, dtype=low.dtype, device=low.device)
         self.low, self.basis, self.side, self.generation, self.empty, self.full = low, basis, side, generation, empty, None
+        self.ranks = ranks
         return self
 
     @property
@@ -67,11 +74,16 @@ class ProjectedGradient(Tensor):
     def with_low(self, low: Tensor) -> ProjectedGradient:
         """Another projection in the same basis."""
         basis = self.basis if low.dtype == self.basis.dtype else self.basis.to(low.dtype)
-        return ProjectedGradient(low, basis, self.side, self.generation)
+        return ProjectedGradient(low, basis, self.side, self.generation, ranks=self.ranks)
 
     def project(self, G: Tensor) -> Tensor:
-        """The projection of a whole gradient in this basis."""
-        return down(G.to(self.dtype), (self.basis,), self.side)
+        """The projection of a whole gradient in this basis; of its rows, with the others' added, where ranks share R."""
+        low = down(G.to(self.dtype), (self.basis,), self.side)
+        return low if self.ranks is None else self.ranks.total(low)
+
+    def share_of_norm(self, order: float) -> float:
+        """What this rank's part of a norm over all ranks is of ‖R‖: where n ranks hold one R, each counts n^(-1/order) of it."""
+        return 1.0 if self.ranks is None or self.full is not None else float(self.ranks.number ** (-1 / order))
 
     def whole(self) -> Tensor:
         """up(R): the part of the gradient that lies in the basis, in full size."""
@@ -170,11 +182,21 @@ def _norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The norm of R over all elements; a norm over some dimensions is not known."""
     if len(args) > 2 and args[2] is not None:
         raise GradientError("of a projected gradient the norm over all elements alone is known")
-    return func(args[0].held, *args[1:], **kwargs)
+    return func(args[0].held, *args[1:], **kwargs) * args[0].share_of_norm(_order(args))
+
+
+def _norms(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The norms of a list of gradients."""
+    shares = [g.share_of_norm(_order(args)) if isinstance(g, ProjectedGradient) else 1.0 for g in args[0]]
+    return [norm * share for norm, share in zip(_lists(func, args, kwargs), shares, strict=True)]
+
+
+def _order(args: tuple[Any, ...]) -> float:
+    return float(args[1]) if len(args) > 1 else 2.0
 
 
 def _lists(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An in-place operation or a norm of a list of gradients."""
+    """An operation on a list of gradients."""
     grads = [g.held if isinstance(g, ProjectedGradient) else g for g in args[0]]
     return func(grads, *args[1:], **kwargs)
 
@@ -187,7 +209,8 @@ HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
         (aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default, aten.neg.default), _each
     ),
     **dict.fromkeys((aten.linalg_vector_norm.default, aten.norm.Scalar), _norm),
-    **dict.fromkeys((aten._amp_foreach_non_finite_check_and_unscale_.default, aten._foreach_norm.Scalar), _lists),
+    aten._foreach_norm.Scalar: _norms,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: _lists,
     **dict.fromkeys((aten._foreach_mul_.Scalar, aten._foreach_mul_.Tensor), _lists),
     aten.zero_.default: _zero,
 }
@@ -221,24 +244,39 @@ class ConsumedGradient(Tensor):
 
 
 def whole_gradient(param: Tensor) -> Tensor | None:
-    """The whole gradient of a parameter, or ``None`` if there is none or only its projection."""
+    """The whole gradient of a parameter (its rows, if the parameter is sharded), or ``None`` if only a projection is there."""
     grad = param.grad
     if isinstance(grad, ConsumedGradient):
         return None
-    return grad.full if isinstance(grad, ProjectedGradient) else grad
+    held = _inner(grad)
+    if not isinstance(held, ProjectedGradient):
+        return grad
+    return None if held.full is None else _like(param, held.full)
 
 
 def projected_gradient(param: Tensor) -> ProjectedGradient | None:
     """The projected gradient of a parameter, or ``None`` if there is none or a whole one."""
-    grad = param.grad
-    return grad if isinstance(grad, ProjectedGradient) and grad.full is None else None
+    held = _inner(param.grad)
+    return held if isinstance(held, ProjectedGradient) and held.full is None else None
 
 
 def add_gradient(param: Tensor, low: ProjectedGradient) -> None:
-    """Add a projected gradient to what ``param.grad`` holds."""
-    if param.grad is None:
-        param.grad = low
-    elif isinstance(param.grad, ProjectedGradient):
-        param.grad = param.grad.plus(low)
+    """Add a projected gradient to what ``param.grad`` holds; of a sharded parameter, that of its rows."""
+    held = _inner(param.grad)
+    if held is None:
+        total: Tensor = low
+    elif isinstance(held, ProjectedGradient):
+        total = held.plus(low)
     else:
-        param.grad = low.plus(param.grad)
+        total = low.plus(held)
+    param.grad = _like(param, total)
+
+
+def _inner(grad: Tensor | None) -> Tensor | None:
+    """What a gradient holds on this rank."""
+    return grad if grad is None else local(grad)
+
+
+def _like(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a parameter from what this rank has of it."""
+    return rows_like(param, grad) if is_sharded(param) else grad

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowmem_compile._torch import Gathered
 from lowmem_compile.errors import GradientError
 from lowmem_compile.optim.gradient import projected_gradient, whole_gradient
 from lowmem_compile.optim.pieces import project
@@ -59,16 +60,22 @@ class GradientIntake(ProjectedState):
             raise GradientError(f"a projected gradient of {' + '.join(unit.names)} has shape {expected}, not {tuple(low.shape)}.")
         self._pending[param] = self._pending[param] + low if param in self._pending else low.detach()
 
-    def tap(self, param: Tensor) -> Tap | str:
+    def tap(self, param: Tensor, dtype: torch.dtype | None = None, gathered: Gathered | None = None) -> Tap | str:
         """What a compiled graph needs to give this parameter's next gradient projected, or the reason why it must be whole.
 
         The tap is the same object until the basis changes.
+
+        Args:
+            param: one of the optimizer's parameters.
+            dtype: that the graph reads it in; the parameter's own if ``None``.
+            gathered: how FSDP reduces the gradient of a parameter that it shards.
         """
+        dtype = param.dtype if dtype is None else dtype
         group, unit = self.unit_of(param)
         plan = unit.plan
         if isinstance(plan, str):
             return f"not projected: {plan}"
-        if is_sharded(param):
+        if is_sharded(param) and gathered is None:
             return "the parameter is sharded over ranks"
         if self.needs_full_gradient:
             return f"{type(self).__name__} needs the whole gradient at every step"
@@ -78,7 +85,7 @@ class GradientIntake(ProjectedState):
         t = first.get("basis_step", 0)
         generation, stored = t // group["update_interval"], first.get("projector")
         if self.refresh_needs_gradient and self.due(group, unit):
-            if not group["refresh_in_backward"] or len(unit.params) > 1:
+            if not group["refresh_in_backward"] or len(unit.params) > 1 or gathered is not None:
                 return "this step makes a new basis from the whole gradient"
             tap = self._refreshing.get(param)
             if tap is None or tap.generation != generation:
@@ -86,14 +93,14 @@ class GradientIntake(ProjectedState):
                 self._refreshing[param] = tap
             return tap
         known = self._taps.get(param)
-        if known is None or known[0] is not stored or known[1].generation != generation:
+        if known is None or known[0] is not stored or known[1].generation != generation or known[1].basis.dtype != dtype:
             others = [self._taps[p] for p in unit.params if p in self._taps]
             basis = next((t.basis for of, t in others if of is stored and t.generation == generation), None)
-            if basis is None and stored is not None and stored.dtype == param.dtype:
+            if basis is None and stored is not None and stored.dtype == dtype:
                 basis = stored
-            if basis is None or basis.dtype != param.dtype:
-                basis = self.factors(group, unit, plan, t)[0].to(param.dtype)
-            tap = make_tap(param, plan.side, basis, plan.low_shape(tuple(param.shape)), generation)
+            if basis is None or basis.dtype != dtype:
+                basis = self.factors(group, unit, plan, t)[0].to(dtype)
+            tap = make_tap(param, plan.side, basis, plan.low_shape(tuple(param.shape)), generation, gathered)
             known = self._taps[param] = (stored, tap)
         return known[1]
 

@@ -7,13 +7,15 @@ A parameter W [O, I] is a DTensor with the placement ``Shard(0)``: rank k holds 
     up       W_k ← W_k - η·scale·(N_k Aᵀ)      left: (L_k N)
     basis    from the whole gradient, gathered for one parameter at a time, and rank 0's result for all
 
-FSDP itself reduces whole gradients before the optimizer sees them. State is plain tensors: of the rows of this rank, and of bases
+FSDP itself reduces whole gradients before the optimizer sees them; those that a compiled graph gives projected are reduced by
+:mod:`lowmem_compile.optim.row_gradients`. State is plain tensors: of the rows of this rank, and of bases
 and left moments the same everywhere; a checkpoint of a rank is for that rank and the same number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,25 @@ from torch import Tensor
 
 from lowmem_compile.errors import OptionError
 from lowmem_compile.optim.projector import Factors, Plan
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that hold rows of a parameter.
+
+    Attributes:
+        number: of them.
+        group: their process group.
+    """
+
+    number: int
+    group: Any
+
+    def total(self, t: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, which all of them get."""
+        summed = t.contiguous().clone()
+        dist.all_reduce(summed, group=self.group)
+        return summed
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -37,7 +58,8 @@ def local(t: Tensor) -> Tensor:
     """The rows that this rank holds; another tensor as it is."""
     if not is_sharded(t):
         return t
-    rows: Tensor = t.to_local()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        rows: Tensor = t.to_local()  # type: ignore[attr-defined]
     return rows
 
 
@@ -100,17 +122,15 @@ def gathered_rows(rows: Tensor, p: Tensor) -> Tensor:
     return gathered(made)
 
 
+def ranks_of(p: Tensor) -> Ranks:
+    """The ranks that hold rows of a DTensor."""
+    mesh = p.device_mesh  # type: ignore[attr-defined]
+    return Ranks(mesh.size(), mesh.get_group())
+
+
 def total_of(p: Tensor) -> Callable[[Tensor], Tensor] | None:
     """Sums a tensor over the ranks that hold rows of p; ``None`` if this one holds all."""
-    if not is_sharded(p):
-        return None
-
-    def total(t: Tensor) -> Tensor:
-        summed = t.contiguous().clone()
-        dist.all_reduce(summed, group=p.device_mesh.get_group())  # type: ignore[attr-defined]
-        return summed
-
-    return total
+    return ranks_of(p).total if is_sharded(p) else None
 
 
 def same_everywhere(factors: Factors, p: Tensor) -> Factors:
@@ -123,14 +143,19 @@ def same_everywhere(factors: Factors, p: Tensor) -> Factors:
     return made
 
 
-def factors_of_rows(factors: Factors, p: Tensor, plan: Plan) -> Factors:
-    """The part of the factors that concerns the rows of this rank: rows of L, all of A."""
-    if plan.side != "left" or not is_sharded(p):
-        return factors
+def rows_of(t: Tensor, p: Tensor) -> Tensor:
+    """Of a tensor with a row for each row of p, those that this rank holds."""
+    if not is_sharded(p):
+        return t
     mesh = p.device_mesh  # type: ignore[attr-defined]
     each = -(-p.shape[0] // mesh.size())
     start = min(mesh.get_local_rank() * each, p.shape[0])
-    return (factors[0][start : start + local_shape(p)[0]],)
+    return t[start : start + local_shape(p)[0]]
+
+
+def factors_of_rows(factors: Factors, p: Tensor, plan: Plan) -> Factors:
+    """The part of the factors that concerns the rows of this rank: rows of L, all of A."""
+    return (rows_of(factors[0], p),) if plan.side == "left" and is_sharded(p) else factors
 
 
 def is_finite(grad: Tensor) -> bool:

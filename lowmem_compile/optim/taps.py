@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowmem_compile._torch import Gathered, gathered_by_fsdp
 from lowmem_compile.errors import GradientError
 from lowmem_compile.kernels.projection_tap import Refresher
 from lowmem_compile.optim.gradient import ProjectedGradient, add_gradient
 from lowmem_compile.optim.projector import Side
+from lowmem_compile.optim.row_gradients import add_to_rows
 
 if TYPE_CHECKING:
     from lowmem_compile.optim.base import LowRankOptimizer
@@ -50,9 +52,24 @@ class Tap:
     refresher: Refresher | None = None
 
 
-def make_tap(param: Tensor, side: Side, basis: Tensor, shape: tuple[int, ...], generation: int) -> Tap:
-    """A tap whose gradients go to ``param.grad``."""
-    return Tap(side, basis, _zero(param, shape, lambda low: ProjectedGradient(low, basis, side, generation)), generation)
+def make_tap(
+    param: Tensor, side: Side, basis: Tensor, shape: tuple[int, ...], generation: int, gathered: Gathered | None = None
+) -> Tap:
+    """A tap whose gradients go to ``param.grad``.
+
+    Args:
+        param: the optimizer's.
+        side: "right" or "left".
+        basis: A or L, in the dtype that the graph reads the parameter in.
+        shape: of the projected gradient.
+        generation: which refresh made the basis.
+        gathered: of a parameter that FSDP shards, how its gradient is reduced.
+    """
+
+    def wrap(low: Tensor) -> ProjectedGradient:
+        return ProjectedGradient(low, basis, side, generation)
+
+    return Tap(side, basis, _zero(param, basis.dtype, shape, wrap, gathered), generation)
 
 
 def make_refresh_tap(optimizer: GradientIntake, param: Tensor, side: Side, shape: tuple[int, ...], generation: int) -> Tap:
@@ -80,7 +97,7 @@ def make_refresh_tap(optimizer: GradientIntake, param: Tensor, side: Side, shape
         return ProjectedGradient(low, none, side, generation)
 
     refresher = Refresher(take)
-    return Tap(side, refresher.ticket, _zero(param, shape, wrap), generation, refresher)
+    return Tap(side, refresher.ticket, _zero(param, param.dtype, shape, wrap), generation, refresher)
 
 
 def param_rows(param: Tensor, side: Side) -> int:
@@ -88,17 +105,27 @@ def param_rows(param: Tensor, side: Side) -> int:
     return int(param.shape[1 if side == "right" else 0])
 
 
-def _zero(param: Tensor, shape: tuple[int, ...], wrap: Callable[[Tensor], ProjectedGradient]) -> Tensor:
+def _zero(
+    param: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    wrap: Callable[[Tensor], ProjectedGradient],
+    gathered: Gathered | None = None,
+) -> Tensor:
     """A leaf of zeros in 4 bytes; what arrives as its gradient is added to ``param.grad``."""
     to = weakref.ref(param)
 
     def receive(zero: Tensor) -> None:
         low, zero.grad = zero.grad, None
         target = to()
-        if target is not None and low is not None:
+        if target is None or low is None:
+            return
+        if gathered is None:
             add_gradient(target, wrap(low))
+        else:
+            add_to_rows(target, wrap(low), gathered)
 
-    zero = torch.zeros((), dtype=param.dtype, device=param.device).expand(shape).requires_grad_()
+    zero = torch.zeros((), dtype=dtype, device=param.device).expand(shape).requires_grad_()
     zero.register_post_accumulate_grad_hook(receive)
     return zero
 
@@ -115,8 +142,16 @@ def owners_of(param: Tensor) -> list[LowRankOptimizer]:
     return [optimizer for ref in _OWNERS.get(param, ()) if (optimizer := ref()) is not None]
 
 
+def held_parameter(param: Tensor) -> Tensor:
+    """The parameter that an optimizer holds in the place of one that a graph reads: of one that FSDP gathered, its rows."""
+    gathered = gathered_by_fsdp(param)
+    held = None if gathered is None else gathered.sharded
+    return param if held is None else held
+
+
 def tap_or_reason(param: Tensor) -> Tap | str | None:
-    """The tap of a parameter; why it has none; or ``None`` if no optimizer of this package holds it."""
+    """The tap of a parameter that a graph reads; why it has none; or ``None`` if no optimizer of this package holds it."""
+    gathered, read, param = gathered_by_fsdp(param), param, held_parameter(param)
     owners = owners_of(param)
     if not owners:
         return None
@@ -124,7 +159,9 @@ def tap_or_reason(param: Tensor) -> Tap | str | None:
         return "two optimizers hold the parameter, and each has its own projector"
     if owners[0].fusion.foreign_hooks(param):
         return "the parameter has hooks on its gradient, which have to see it whole"
-    return owners[0].tap(param)
+    if gathered is not None and read.device != param.device:
+        return "FSDP keeps the parameter on another device (offloading)"
+    return owners[0].tap(param, read.dtype, gathered)
 
 
 def fused_or_none(param: Tensor) -> Fused | str | None:
@@ -134,5 +171,6 @@ def fused_or_none(param: Tensor) -> Fused | str | None:
 
 
 def state_bytes(param: Tensor) -> int:
-    """Bytes of state that the optimizer of a tapped parameter keeps for it."""
-    return owners_of(param)[0].state_bytes(param)
+    """Bytes of state that the optimizer of a tapped parameter keeps for it, on this rank."""
+    held = held_parameter(param)
+    return owners_of(held)[0].state_bytes(held)
