@@ -44,7 +44,7 @@ from lowmem_compile.planner.timeline import peak, simulate
 from lowmem_compile.recompute import choose_saved
 from lowmem_compile.reporting.model import CurvePoint, PlannedTensor, TimelinePoint
 from lowmem_compile.saved import Partition
-from lowmem_compile.tapping import remove_taps
+from lowmem_compile.tapped_inputs import TappedInput, remove_taps
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Candidates:
     schedules: Mapping[str, tuple[TimelinePoint, ...]] = field(default_factory=dict)
     """Timelines by the code that Inductor generates, of the contenders for which it was generated here."""
     not_replayed: str = ""
+    tapped: tuple[TappedInput, ...] = ()
 
     @property
     def before_codecs(self) -> Partition:
@@ -127,7 +128,7 @@ def partition_joint(
     for node, index in zip(placeholders(gm.graph), range(len(gm.graph.nodes)), strict=False):
         node.meta["lowmem_static"] = index in (kwargs.get("static_lifetime_input_indices") or ())
     recorder.dump("joint", gm)
-    remove_taps(gm.graph)
+    tapped = tuple(remove_taps(gm.graph))
 
     partitions = stock_partitions(gm, joint_inputs, kwargs)
     ours = functools.partial(choose_saved, pointwise=ctx.options.recompute == "pointwise")
@@ -167,7 +168,7 @@ def partition_joint(
         }
         curve = curve_of(planner, rivals)
     schedules, not_replayed = schedules_of(compiled, partitions["inductor"], ctx) if ctx.facts.get("schedule") else ({}, "")
-    return Candidates(partitions, chosen, compiled, recorder, ctx, planned, curve, schedules, not_replayed)
+    return Candidates(partitions, chosen, compiled, recorder, ctx, planned, curve, schedules, not_replayed, tapped)
 
 
 def schedules_of(compiled: Partition, inductor: Partition, ctx: Context) -> tuple[dict[str, tuple[TimelinePoint, ...]], str]:

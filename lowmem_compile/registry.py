@@ -25,6 +25,7 @@ from lowmem_compile.pipeline import Recorder
 from lowmem_compile.planner.replay import Code, replay
 from lowmem_compile.planner.timeline import peak, shortened, simulate
 from lowmem_compile.reporting.model import CONTENDERS, GraphReport, Phase, SavedTensor, TimelinePoint
+from lowmem_compile.tapped_inputs import with_inputs
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Entry:
         partitions["lowmem"] = candidates.compiled
         partitions.update({n: p for n, p in (self.baseline_partitions() or {}).items() if n in CONTENDERS})
         saved = {name: p.saved_tensors() for name, p in partitions.items()}
+        kept = candidates.before_codecs.saved_tensors() if candidates.tapped else ()
         timelines = {name: simulate(p) for name, p in partitions.items()}
         estimated = {name: peak(timelines[name]) for name in candidates.schedules}
         timelines.update({name: shortened(points) for name, points in candidates.schedules.items()})
@@ -69,7 +71,7 @@ class Entry:
         self.graph_report = GraphReport(
             graph_id=self.graph_id,
             mode="training",
-            sites=tuple(self.recorder.sites),
+            sites=with_inputs(self.recorder.sites, candidates.tapped, saved["inductor"], kept),
             saved=saved,
             timelines=timelines,
             passes=tuple(self.recorder.runs),

@@ -224,14 +224,3 @@ def _key(known: Mapping[int, Known]) -> tuple[Any, ...]:
 def _extras(known: Mapping[int, Known]) -> list[torch.Tensor]:
     """The extra inputs of all, a tensor that several share once."""
     return list({id(t): t for entry in known.values() for t in _tensors(entry)}.values())
-
-
-TAPS = ("lowmem.projection_tap.default", "lowmem.refresh_tap.default")
-
-
-def remove_taps(graph: fx.Graph) -> None:
-    """Take the taps out of a joint graph: their forward is the identity."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and str(node.target) in TAPS:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)

@@ -217,10 +217,38 @@ def test_the_report_says_side_rank_and_bytes() -> None:
     whole, tapped = [e.report() for e in graphs.entries]
     assert [s.reason for s in whole.sites if s.pass_name == NAME] == ["this step makes a new basis from the whole gradient"] * 2
     reasons = [s.reason for s in tapped.sites if s.pass_name == NAME]
-    assert reasons[0] == "right side, rank 3: gradient 2.50 KiB → 480 B, state 1.12 KiB"
+    assert reasons[0] == "right side, rank 3: gradient 2.50 KiB → 480 B, state 1.12 KiB; its input (1.50 KiB) is no longer kept"
     assert reasons[1].startswith("left side, rank 3: gradient 2.50 KiB → 480 B, state")
     assert tapped.saved["inductor"]  # counted for the graph without taps
     assert len(registry.ENTRIES) == 2
+
+
+def test_the_report_says_which_inputs_are_no_longer_kept() -> None:
+    """`down` alone needs what is between the linears; with the input side projected it needs the projection of that. The
+    input of `last` is a gate's factor too."""
+
+    class Gated(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            gated: Tensor = self.last(y) * y
+            return gated
+
+    model = Gated()
+    optimizer = flora(model.parameters(), side="input")
+    graphs = compile_graphs(model, gradients="exact", report=True)
+    step(graphs, optimizer, torch.randn(ROWS, D))
+    (entry,) = graphs.entries
+    report = entry.report()
+    reasons = {s.module: s.reason for s in report.sites if s.pass_name == NAME}
+    assert reasons["down"].endswith(f"; its input ({ROWS * H * 4 / 1024:.2f} KiB) is no longer kept")
+    assert reasons["last"].endswith(f"; its input ({ROWS * D * 4 / 1024:.2f} KiB) is kept for others")
+    sizes = {name: [t.nbytes for t in tensors] for name, tensors in report.saved.items()}
+    assert ROWS * H * 4 in sizes["inductor"]
+    assert ROWS * H * 4 not in sizes["lowmem"]
 
 
 def test_a_dynamic_batch_keeps_one_variant_for_all_sizes() -> None:
