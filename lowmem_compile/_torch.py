@@ -479,6 +479,22 @@ def code_generation() -> types.SimpleNamespace:
     )
 
 
+@functools.cache
+def code_writing() -> types.SimpleNamespace:
+    """The parts of Inductor's code generation that :mod:`lowmem_compile.generation` makes cheaper; imported on demand."""
+    import torch._inductor.dtype_propagation
+    import torch._inductor.scheduler
+    import torch.utils._sympy.value_ranges
+    from torch._inductor.virtualized import V
+
+    return types.SimpleNamespace(
+        ResultTypes=torch._inductor.dtype_propagation.DtypePropagationOpsHandler,
+        SchedulerNode=torch._inductor.scheduler.SchedulerNode,
+        ValueRanges=torch.utils._sympy.value_ranges.ValueRanges,
+        kernel=lambda: V.kernel,
+    )
+
+
 def compiled_frame() -> str:
     """What Dynamo calls the Python frame it compiles at the moment; variants of a frame have the same name. Empty outside."""
     from torch._guards import CompileContext

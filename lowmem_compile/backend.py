@@ -19,6 +19,7 @@ from lowmem_compile._torch import (
     CustomPartitionerFn,
     StableDecompositions,
     compile_fx,
+    compile_fx_inner,
     copy_dynamo_module,
     inductor_config,
     join_in_place,
@@ -34,6 +35,7 @@ from lowmem_compile.autocast import ambient_autocast, autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
 from lowmem_compile.fusing import SCHEDULER_PASS, shares_launches
+from lowmem_compile.generation import cheaply
 from lowmem_compile.graph import placeholders
 from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, with_claims
 from lowmem_compile.launches import ShareLaunches
@@ -171,7 +173,9 @@ def compile_graph(
         more["inner_compile"] = inner_compile
         patches["force_disable_caches"] = True
     elif settings.report and entry.training:
-        more["inner_compile"] = followed(entry.generated)
+        more["inner_compile"] = cheaply(followed(entry.generated))
+    else:
+        more["inner_compile"] = cheaply(compile_fx_inner)
     try:
         table = decompositions(settings)
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, **more)
