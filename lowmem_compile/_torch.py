@@ -482,8 +482,10 @@ def code_generation() -> types.SimpleNamespace:
 @functools.cache
 def code_writing() -> types.SimpleNamespace:
     """The parts of Inductor's code generation that :mod:`lowmem_compile.generation` makes cheaper; imported on demand."""
+    import torch._inductor.codegen.cpp
     import torch._inductor.dtype_propagation
     import torch._inductor.scheduler
+    import torch._inductor.sizevars
     import torch.utils._sympy.value_ranges
     from torch._inductor.virtualized import V
 
@@ -491,7 +493,9 @@ def code_writing() -> types.SimpleNamespace:
         ResultTypes=torch._inductor.dtype_propagation.DtypePropagationOpsHandler,
         SchedulerNode=torch._inductor.scheduler.SchedulerNode,
         ValueRanges=torch.utils._sympy.value_ranges.ValueRanges,
+        cpp=torch._inductor.codegen.cpp,
         kernel=lambda: V.kernel,
+        sizevars=torch._inductor.sizevars,
     )
 
 

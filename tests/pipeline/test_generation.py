@@ -6,6 +6,7 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,6 +66,20 @@ def test_a_table_is_filled_once() -> None:
     for table in (one, one, other):
         fill(table)
     assert filled == [one, other]
+
+
+def test_indices_are_remembered() -> None:
+    private = code_writing()
+    original = private.sizevars.stride_at
+    with cheaper():
+        more = private.sizevars.stride_at
+        assert more is not original
+        assert private.cpp.stride_at_vec_range is private.sizevars.stride_at_vec_range
+    with cheaper():
+        assert private.sizevars.stride_at is more
+        assert more.cache_parameters()["maxsize"] > original.cache_parameters()["maxsize"]
+        x, y = sympy.symbols("x y", integer=True)
+        assert more(3 * x + y, x) == original(3 * x + y, x) == 3
 
 
 def test_ranges() -> None:
