@@ -487,13 +487,22 @@ def code_writing() -> types.SimpleNamespace:
     import torch._inductor.scheduler
     import torch._inductor.sizevars
     import torch.utils._sympy.value_ranges
+    from torch._inductor.codegen.common import OptimizationContext
+    from torch._inductor.loop_body import InterpreterShim
     from torch._inductor.virtualized import V
 
+    def dtype_of(node: fx.Node) -> Any:
+        found = node.meta.get(OptimizationContext.key)
+        return None if found is None else found.dtype
+
     return types.SimpleNamespace(
+        Interpreter=InterpreterShim,
         ResultTypes=torch._inductor.dtype_propagation.DtypePropagationOpsHandler,
         SchedulerNode=torch._inductor.scheduler.SchedulerNode,
         ValueRanges=torch.utils._sympy.value_ranges.ValueRanges,
         cpp=torch._inductor.codegen.cpp,
+        dtype_of=dtype_of,
+        interpreting=V.set_interpreter_handler,
         kernel=lambda: V.kernel,
         sizevars=torch._inductor.sizevars,
     )

@@ -9,7 +9,7 @@ vector loop, and as the masked rest of each tiled loop. Four things that are don
 - indices and their strides are simplified anew, by sympy, where a model has more of them than the 128 and 256 that are
   remembered: a third of the Python of Swin's compile, whose layers are alike.
 
-What is generated is the same text: tested on small graphs, and compared
+Loop bodies are run by :mod:`lowmem_compile.loop_bodies`. What is generated is the same text: tested on small graphs, and compared
 for whole models.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lowmem_compile._torch import code_writing
+from lowmem_compile.loop_bodies import lighter
 
 REMEMBERED = 1 << 14
 """Results that each function of indices remembers."""
@@ -35,6 +36,7 @@ def cheaper() -> Iterator[None]:
         (private.ResultTypes, "__init__", once(private.ResultTypes.__init__)),
         (private.SchedulerNode, "codegen", unless_empty(private.SchedulerNode.codegen, private.kernel)),
         (private.ValueRanges, "tighten", unless_equal(private.ValueRanges.tighten)),
+        (private.Interpreter, "run", lighter(private.Interpreter.run, private)),
         *(
             (owner, name, remembering(getattr(owner, name)))
             for owner, name in (
