@@ -7,7 +7,7 @@ vector loop, and as the masked rest of each tiled loop. Four things that are don
 - the rest of a loop is written where the tile divides the size, and then left out, for it covers nothing;
 - a variable that is met again has its bounds intersected with the same bounds, by sympy;
 - indices and their strides are simplified anew, by sympy, where a model has more of them than the 128 and 256 that are
-  remembered: a third of the Python of Swin's compile, whose layers are alike.
+  remembered (Swin: 26 of 112 s are saved; most of its indices are met once).
 
 Loop bodies are run by :mod:`lowmem_compile.loop_bodies`. What is generated is the same text: tested on small graphs, and compared
 for whole models.
