@@ -479,6 +479,11 @@ def code_generation() -> types.SimpleNamespace:
     )
 
 
+def writes_code_as_known() -> bool:
+    """Whether this torch writes code as 2.13 does, whose parts :func:`code_writing` names; otherwise they are left alone."""
+    return torch.__version__.startswith("2.13.")
+
+
 @functools.cache
 def code_writing() -> types.SimpleNamespace:
     """The parts of Inductor's code generation that :mod:`lowmem_compile.generation` makes cheaper; imported on demand."""

@@ -96,3 +96,11 @@ def test_inductor_is_as_before_outside() -> None:
     with cheaper():
         assert private.SchedulerNode.codegen is not before[1]
     assert (private.ResultTypes.__init__, private.SchedulerNode.codegen, private.ValueRanges.tighten) == before
+
+
+def test_another_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    private = code_writing()
+    before = private.SchedulerNode.codegen
+    monkeypatch.setattr(torch, "__version__", "2.14.0")
+    with cheaper():
+        assert private.SchedulerNode.codegen is before
