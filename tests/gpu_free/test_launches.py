@@ -98,6 +98,7 @@ def test_a_matrix_product_with_codes_is_one_kernel(worker: Worker, name: str) ->
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("worker")  # skips without triton
 def test_a_weight_gradient_from_codes_is_offered_as_a_template() -> None:
     """The pass marks what one product alone reads, and Inductor decodes it in that product's kernel."""
     net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
