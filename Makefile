@@ -72,8 +72,8 @@ bench: venv
 # COAP's released code is in no package index: COAP=/path/to/it puts it beside ours. So with galore-torch and fira, if installed.
 bench-optim: venv
 	$(BIN)/python benchmarks/projected_gradients.py
-	$(BIN)/python benchmarks/projected_steps.py --layers 8 $(if $(COAP),--coap $(COAP))
-	$(BIN)/python benchmarks/projected_steps.py --model smollm2 --layers 6 --length 128 $(if $(COAP),--coap $(COAP))
+	$(BIN)/python benchmarks/projected_steps.py --layers 8 --length 256 $(if $(COAP),--coap $(COAP))
+	$(BIN)/python benchmarks/projected_steps.py --model smollm2 --layers 6 --length 256 $(if $(COAP),--coap $(COAP))
 	$(BIN)/python benchmarks/projected_quality.py --rates 5e-4,1e-3,2e-3,4e-3 --sweep-steps 150
 
 kernels: venv
