@@ -11,7 +11,6 @@ average. The ranks have to start from the same weights, and step together. Weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +19,13 @@ from torch import Tensor
 
 from lowmem_compile._torch import at_end_of_backward
 from lowmem_compile.errors import GradientError, OptionError
+from lowmem_compile.optim.buckets import buckets
 from lowmem_compile.optim.gradient import ProjectedGradient
 from lowmem_compile.optim.projector import down
 from lowmem_compile.optim.taps import Tap
 
 if TYPE_CHECKING:
     from lowmem_compile.optim.base import LowRankOptimizer
-
-BUCKET = 25 * 2**20
-"""Bytes that are sent together, at least where there are as many."""
 
 
 def average_gradients(optimizer: LowRankOptimizer, group: dist.ProcessGroup | None = None) -> int:
@@ -52,7 +49,7 @@ def average_gradients(optimizer: LowRankOptimizer, group: dist.ProcessGroup | No
     _check_options(optimizer)
     held = [_held(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
     _check_same(held, group)
-    for bucket in _buckets(held):
+    for bucket in buckets(held, lambda t: (t.dtype, t.device), lambda t: t.nbytes):
         flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
@@ -130,19 +127,6 @@ def _check_options(optimizer: LowRankOptimizer) -> None:
 
 def _held(grad: Tensor) -> Tensor:
     return grad.held if isinstance(grad, ProjectedGradient) else grad
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype and device, in order, until a bucket is full."""
-    for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
-        bucket: list[Tensor] = []
-        for tensor in (t for t in tensors if (t.dtype, t.device) == kind):
-            bucket.append(tensor)
-            if sum(t.numel() * t.element_size() for t in bucket) >= BUCKET:
-                yield bucket
-                bucket = []
-        if bucket:
-            yield bucket
 
 
 def _check_same(tensors: list[Tensor], group: dist.ProcessGroup | None) -> None:

@@ -17,7 +17,6 @@ backward pass with True; ``MixedPrecisionPolicy(reduce_dtype=...)`` is the dtype
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +26,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowmem_compile._torch import Gathered, at_end_of_backward, backward_pass
+from lowmem_compile.optim.buckets import buckets
 from lowmem_compile.optim.gradient import ProjectedGradient, add_gradient
 from lowmem_compile.optim.sharded import local_shape, ranks_of, rows_of
-
-BUCKET = 25 * 2**20
-"""Bytes that are sent together, at least where there are as many."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class _Pass:
                 ready.append((param, total))
             else:
                 _UNREDUCED[param] = total
-        for bucket in _buckets(ready):
+        for bucket in buckets(ready, _way, _sent_bytes):
             _reduce(bucket)
 
 
@@ -91,21 +88,14 @@ def _plus(old: _Sum | None, new: _Sum) -> _Sum:
     return _Sum(total, new.gathered)
 
 
-def _buckets(sums: list[tuple[Tensor, _Sum]]) -> Iterator[list[tuple[Tensor, _Sum]]]:
-    """Sums that are sent in one way, in order, until a bucket is full."""
+def _way(entry: tuple[Tensor, _Sum]) -> tuple[Any, ...]:
+    """Equal for gradients that can be sent together."""
+    param, held = entry
+    return held.low.side, _sent_dtype(held), param.device, held.gathered.divisor, ranks_of(param).group
 
-    def way(param: Tensor, held: _Sum) -> tuple[Any, ...]:
-        return held.low.side, _sent_dtype(held), param.device, held.gathered.divisor, ranks_of(param).group
 
-    for kind in dict.fromkeys(way(*entry) for entry in sums):
-        bucket: list[tuple[Tensor, _Sum]] = []
-        for entry in (e for e in sums if way(*e) == kind):
-            bucket.append(entry)
-            if sum(held.low.low.numel() * kind[1].itemsize for _, held in bucket) >= BUCKET:
-                yield bucket
-                bucket = []
-        if bucket:
-            yield bucket
+def _sent_bytes(entry: tuple[Tensor, _Sum]) -> int:
+    return entry[1].low.low.numel() * _sent_dtype(entry[1]).itemsize
 
 
 def _sent_dtype(held: _Sum) -> torch.dtype:
