@@ -230,11 +230,21 @@ def offer_prologue(op: OpOverload) -> None:
 
 @functools.cache
 def keep_in_memory(op: OpOverload) -> None:
-    """Lower an identity to its input, which Inductor then writes to memory before anything behind it reads it."""
+    """Lower an identity to its input, which Inductor then writes to memory before anything behind it reads it.
+
+    The order of its dimensions in memory is that of the traced tensor, unless something read it before: left open, the first view
+    of it would decide, and the library call that asks for the traced order would get a copy.
+    """
+    from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
 
     def lower(x: Any) -> Any:
         x.realize()
+        strides = V.graph.current_node.meta["val"].stride()
+        whole = isinstance(x.data, ir.StorageBox)  # not a view, whose buffer has an order of its own
+        if whole and isinstance(x.get_layout(), ir.FlexibleLayout) and all(isinstance(s, int) for s in strides):
+            ir.as_storage_and_layout(x, freeze=True, stride_order=ir.get_stride_order(strides))
         return x
 
     register_lowering(op, type_promotion_kind=None)(lower)

@@ -19,6 +19,7 @@ from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.accumulate_sums import AccumulateSums
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
+from lowmem_compile.passes.compute_once import ComputeOnce
 from lowmem_compile.passes.embedding_gradient import EmbeddingGradient
 from lowmem_compile.passes.encode_saved import EncodeSaved
 from lowmem_compile.passes.flatten_saved_inputs import FlattenSavedInputs
@@ -53,6 +54,7 @@ PASSES: tuple[Pass, ...] = (
     PackMasks(),
     NarrowIntegers(),
     EncodeSaved(),
+    ComputeOnce(),  # what codecs read more often
     LaunchTogether(),  # what encode_saved made
     FlattenSavedInputs(),  # last: recompute_saved may hand over inputs
 )
@@ -142,7 +144,7 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
     """Run one pass under Inductor's observer (timing, off switch, bisecting), with checks and dumps."""
     start = time.perf_counter()
     backup: fx.Graph | None = None
-    before = op_counts(gm.graph)
+    before, silent = op_counts(gm.graph), without_value(gm.graph)
     sites: list[Site] = []
     done: list[Rewrite] = []
     matches: list[Match] = []
@@ -163,7 +165,7 @@ def run_pass(p: Pass, gm: fx.GraphModule, ctx: Context, recorder: Recorder | Non
             done.append(rewrite_of(p, match, ctx))
             p.rewrite(graph, match, ctx)
         if done:
-            check_graph(gm, ctx.options.check)
+            check_graph(gm, ctx.options.check, silent)
 
     try:
         GraphTransformObserver(gm, f"lowmem_{p.name}", SUBSYSTEM[p.stage]).apply_graph_pass(body)
@@ -254,16 +256,28 @@ def rewrite_of(p: Pass, match: Match, ctx: Context) -> Rewrite:
     return Rewrite(p.name, match.node.name, displaced, p.site_class(match), before - after)
 
 
-def check_graph(gm: fx.GraphModule, level: str) -> None:
-    """Lint the graph and see that every computed node says what it computes; ``full`` also re-runs it with fake tensors."""
+def without_value(graph: fx.Graph) -> frozenset[str]:
+    """Computed nodes that do not say what they compute, as AOTAutograd's for the state of random numbers."""
+    return frozenset(
+        n.name
+        for n in graph.nodes
+        if n.op == "call_function"
+        and not n.meta.keys() & {"val", "example_value"}
+        and not getattr(n.target, "__module__", "").startswith(("torch.amp", "torch._C", "torch.autograd", "_operator"))
+    )
+
+
+def check_graph(gm: fx.GraphModule, level: str, silent: frozenset[str]) -> None:
+    """Lint the graph and see that every computed node says what it computes; ``full`` also re-runs it with fake tensors.
+
+    ``silent``: the nodes that did not before the pass.
+    """
     if level == "off":
         return
     gm.graph.lint()
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta and "example_value" not in node.meta:
-            target = getattr(node.target, "__module__", "")
-            if not target.startswith(("torch.amp", "torch._C", "torch.autograd", "_operator")):
-                raise AssertionError(f"{node.format_node()} has no value; a pass lost it")
+    lost = without_value(gm.graph) - silent
+    if lost:
+        raise AssertionError(f"no value: {', '.join(sorted(lost))}; a pass lost it")
     if level == "full":
         from lowmem_compile.verify import verify_values
 

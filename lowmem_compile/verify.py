@@ -29,6 +29,10 @@ def verify_values(gm: fx.GraphModule) -> None:
         _Checking(gm, modes[0]).run(*[n.meta["val"] for n in inputs])
 
 
+UNKNOWN = object()
+"""The value of a node that does not say what it computes."""
+
+
 class _Checking(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm)
@@ -39,6 +43,10 @@ class _Checking(fx.Interpreter):
         return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and "val" not in n.meta:  # what keeps and restores the state of random numbers
+            return UNKNOWN
+        if any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
+            return n.meta["val"] if n.op != "output" else None
         result = super().run_node(n)
         recorded = n.meta.get("val")
         if isinstance(result, torch.Tensor) and isinstance(recorded, torch.Tensor) and n.op != "output":

@@ -44,7 +44,7 @@ from lowmem_compile.graph import (
     tensor_value,
     trace,
 )
-from lowmem_compile.kernels.group_codes import Codec, codec_named, encode_runs, in_prologue
+from lowmem_compile.kernels.group_codes import Codec, codec_named, encode_runs, in_memory, in_prologue
 from lowmem_compile.launches import SHARED
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
@@ -54,6 +54,8 @@ Decoding = Literal["fused", "in loops", "own", "shared", "in prologue"]
 Traces = dict[tuple[str, Any], fx.GraphModule]
 SMALLEST = 4096
 """Elements; below, two more kernels cost more than the bytes are worth."""
+ROW = 64
+"""Elements of a row, at least, where dimensions can be merged."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,7 @@ def coder(
     dynamic = not isinstance(width, int)
 
     def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = in_memory(x) if encoded == "in loops" else x  # read in several loops, and here still in its own order of memory
         x = merge(x if order == sorted(order) else x.permute(order), tail)
         if encoded == "shared":
             return encode_runs(codec, x)
@@ -345,17 +348,18 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def row_dims(value: torch.Tensor, codec: Codec) -> int:
-    """How many of the last dimensions in memory order make a row: more than one where the last alone is shorter than a group.
+    """How many of the last dimensions in memory order make a row: more than one where the last alone is short.
 
-    Only static dimensions that lie densely behind one another are merged. The heads of a token, of values [B, H, N, D] that
-    lie as B, N, H, D, are merged where D alone is shorter than a group for each run.
+    Only static dimensions that lie densely behind one another are merged, up to ``ROW`` elements: a row is what belongs together.
+    The heads of a token, of values [B, H, N, D] that lie as B, N, H, D, are merged where D alone has no ``ROW`` for each run.
     """
     order = memory_order(value)
     width, tail = 1, 0
     for d in reversed(order):
         size, stride = sizes(value)[d], value.stride(d)
         heads = tail == 1 and value.dim() >= 4 and d == value.dim() - 3
-        enough = codec.group * codec.runs if heads else codec.group
+        least = min(codec.group, ROW)
+        enough = least * codec.runs if heads else least
         if tail and (width >= enough or not isinstance(size, int) or not is_static(stride, width)):
             break
         tail += 1

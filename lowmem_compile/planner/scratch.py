@@ -51,13 +51,13 @@ def call_scratch(target: Any, args: Sequence[Any]) -> int:
 
 
 def _of_loss(node: fx.Node) -> int:
-    """Logits of a chunk, and their gradient beside them."""
+    """Logits of a chunk, whose place their gradient takes."""
     return _chunks(tensor_value(node.all_input_nodes[0]), tensor_value(node.all_input_nodes[1]))
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> int:
     rows, vocabulary = concrete(hidden.shape[0]), concrete(weight.shape[0])
-    return 2 * chunk_rows(rows, vocabulary, hidden.element_size()) * vocabulary * hidden.element_size()
+    return min(rows, chunk_rows(rows, vocabulary, hidden.element_size())) * vocabulary * hidden.element_size()
 
 
 def _of_convolution(node: fx.Node) -> int:

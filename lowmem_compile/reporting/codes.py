@@ -278,6 +278,11 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "added to another gradient in place.",
         "",
     ),
+    "compute_once": Reason(
+        "Computed once",
+        "A small result of a costly function lies in memory; it would have been computed again wherever it is read.",
+        "",
+    ),
     "launch_together": Reason(
         "Codes of several tensors in one launch",
         "On a GPU each of them would have been a kernel launch of its own.",

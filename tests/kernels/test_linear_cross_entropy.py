@@ -21,7 +21,7 @@ IGNORE = -100
 @pytest.fixture(autouse=True)
 def _plain(request: pytest.FixtureRequest) -> Iterator[None]:
     """The kernel as plain PyTorch, in chunks of a few rows; `e2e` tests keep the generated one."""
-    fused = op._fused if request.node.get_closest_marker("e2e") else lambda: op.chunk_gradient
+    fused = op._fused if request.node.get_closest_marker("e2e") else lambda: op.chunk_loss_
     with patch.object(op, "_fused", fused), patch.object(op, "CHUNK_BYTES", 512):
         yield
 

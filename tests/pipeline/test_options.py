@@ -167,6 +167,7 @@ def test_the_order_of_the_passes() -> None:
         "pack_masks",
         "narrow_integers",
         "encode_saved",
+        "compute_once",
         "launch_together",
         "flatten_saved_inputs",
     ]
