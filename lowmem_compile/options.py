@@ -78,7 +78,7 @@ class Options:
     fold_norm_affine: Fold = "auto"
     chunked_loss: Loss = "auto"
     codec: CodecName = "auto"
-    codec_group: int = 64
+    codec_group: int = 128
     rounding: Rounding = "nearest"
     memory_budget: float | str | None = None
     calibrate: bool = False

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from lowmem_compile.kernels.group_codes import codec_named
+from lowmem_compile.options import Options
 from tests.helpers import Graphs, check_gradients, compile_graphs, run, run_double
 
 NAME = "encode_saved"
@@ -51,7 +52,7 @@ def tokens() -> Tensor:
 
 
 def nbytes(name: str, n: int, width: int) -> int:
-    return codec_named(name).nbytes(n, width)
+    return codec_named(name, group=Options().codec_group).nbytes(n, width)
 
 
 def distances(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, float]:
