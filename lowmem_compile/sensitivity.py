@@ -24,9 +24,11 @@ from torch import fx
 
 from lowmem_compile._torch import OpOverload, op_types
 from lowmem_compile.graph import VIEW_OPS, numel
+from lowmem_compile.kernels.group_codes import in_memory
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+IN_MEMORY = in_memory._opoverload
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Use:
 
 
 PASSED_ON = VIEW_OPS | {
+    IN_MEMORY,
     aten.clone.default,
     aten._to_copy.default,
     prims.convert_element_type.default,
@@ -136,7 +139,8 @@ def becomes_gradient(placeholder: fx.Node) -> bool:
         for user in node.users:
             if user.op == "output" or user in seen or (grown and user.target == aten._unsafe_index.Tensor):
                 continue
-            if user.target not in VIEW_OPS and not ops.is_fusible(user) and not _adds_rows(user, node):
+            alike = user.target in VIEW_OPS or user.target is IN_MEMORY or _adds_rows(user, node)
+            if not alike and not ops.is_fusible(user):
                 return False
             if numel(user) < numel(placeholder):
                 return False

@@ -13,7 +13,9 @@ then write equal rows. Where the gradient is only added to another one, head: bf
     float32  dW = head; dW[i] += rows                                                       nothing besides
 
 The last step of the first form is one operation (``kernels/scatter_rows``): what was read before is freed when the table is
-made. In the second, Inductor writes the last step into ``head``, which nothing reads afterwards. dW[v] = Σ rows[n] over
+made. In the second, Inductor writes the last step into ``head``, which nothing reads afterwards; where ``head`` is computed for
+this alone, it is kept in memory, so that the saved tensor it is computed from (the chunked loss's ∂L/∂W, which is scaled) is read
+once, and Inductor writes over it. dW[v] = Σ rows[n] over
 i[n] = v, masked as before (padding index). The gradient is the exact one. Bytes at once, not bytes saved for backward:
 4·(V − N)·D − 4·V fewer; of a sum 4·V·D − 6·N·D − 4·V fewer, in float32 all 4·V·D.
 Not matched: sums over more than one index, sparse gradients. Declined where the sum takes more than it frees, and where the
@@ -32,6 +34,7 @@ from torch import fx
 
 from lowmem_compile._torch import select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.fusing import is_pointwise
 from lowmem_compile.graph import (
     argument,
     concrete,
@@ -44,6 +47,7 @@ from lowmem_compile.graph import (
     tensor_of,
     tensor_value,
 )
+from lowmem_compile.kernels.group_codes import in_memory
 from lowmem_compile.kernels.scatter_rows import scatter_rows
 
 aten = torch.ops.aten
@@ -104,12 +108,15 @@ class EmbeddingGradient:
         last = place.total or place.result
         inputs = [place.mask, place.index, place.rows, place.zeros, *([place.other] if place.other is not None else [])]
         dtype = tensor_value(place.result).dtype
+        own = place.other is not None and is_pointwise(place.other) and len(place.other.users) == 1
 
         def gradient(
             mask: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor, *other: torch.Tensor
         ) -> torch.Tensor:
             where = (mask, index, rows, zeros)
-            return add_rows(*where, *other) if other else sum_rows(*where, dtype)
+            if not other:
+                return sum_rows(*where, dtype)
+            return add_rows(*where, in_memory(other[0]) if own else other[0])
 
         table = {k: v for k, v in select_decomp_table().items() if k is not aten._unsafe_index_put.default}
         new = splice(graph, last, gradient, inputs, like=last, decompositions=table, backward=True)

@@ -282,6 +282,8 @@ def test_a_gradient_made_with_the_loss_stays_exact() -> None:
     assert graphs.rewritten("chunk_loss") == graphs.rewritten(NAME) == 1
     gradient = [s for s in graphs.sites("encode_saved") if "gradient" in s.reason]
     assert [s.code for s in gradient] == ["LM215"]
+    (kept,) = graphs.chosen.backward.graph.find_nodes(op="call_function", target=torch.ops.lowmem.in_memory.default)
+    assert [str(n.target) for n in kept.all_input_nodes] == ["aten.mul.Tensor"]  # Inductor writes it over what the loss made
 
 
 class First(Tied):
