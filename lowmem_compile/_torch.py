@@ -35,7 +35,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, CustomSchedul
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import trace_structured
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import optimization_hint
@@ -50,6 +50,7 @@ __all__ = [
     "FakeTensorMode",
     "Gathered",
     "GraphTransformObserver",
+    "HigherOrderOperator",
     "LazyGraphModule",
     "MinCutOptions",
     "NodeInfo",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lowmem_compile._torch import FakeTensor, FakeTensorMode
+from lowmem_compile._torch import FakeTensor, FakeTensorMode, HigherOrderOperator
 
 
 def verify_values(gm: fx.GraphModule) -> None:
@@ -30,7 +30,7 @@ def verify_values(gm: fx.GraphModule) -> None:
 
 
 UNKNOWN = object()
-"""The value of a node that does not say what it computes."""
+"""The value of a higher-order operation that does not say what it computes."""
 
 
 class _Checking(fx.Interpreter):
@@ -43,10 +43,10 @@ class _Checking(fx.Interpreter):
         return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and "val" not in n.meta:  # what keeps and restores the state of random numbers
+        if isinstance(n.target, HigherOrderOperator) and "val" not in n.meta:  # keeps and restores the state of random numbers
             return UNKNOWN
-        if any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
-            return n.meta["val"] if n.op != "output" else None
+        if n.op != "output" and any(self.env[i] is UNKNOWN for i in n.all_input_nodes):
+            return n.meta.get("val", UNKNOWN)
         result = super().run_node(n)
         recorded = n.meta.get("val")
         if isinstance(result, torch.Tensor) and isinstance(recorded, torch.Tensor) and n.op != "output":

@@ -102,9 +102,7 @@ def linear_cross_entropy(
     with torch.no_grad():
         for start in range(0, rows, step):
             part = h[start : start + step]
-            logits.resize_(
-                part.shape[0], vocabulary
-            )  # no slice: the kernel would be compiled once more for views of larger bases
+            logits.resize_(part.shape[0], vocabulary)  # of a slice, a view, the kernel would be compiled once more
             if bias is None:
                 torch.mm(part, weight.t(), out=logits)
             else:
