@@ -7,9 +7,10 @@
 SmolLM2-135M cut to 6 layers (`lowmem_compile.demo.weights`), float32, dropout off. Text: Python's language reference
 (``pydoc_data.topics``); the last tenth is held out. The vocabulary is cut to the tokens that occur in the text, embedding (the
 head) with it: all methods train the same smaller model. Linears of the layers are projected at rank width / 4, the rest gets
-each method's base update (AdamW). The learning rate rises over a tenth of the steps and falls to a tenth along a cosine. Its peak
-is the best of ``--rates`` for each method, by held-out loss after a sweep of ``--sweep-steps`` with a seed of its own. Windows of
-a step depend on the seed and the step alone, so all methods see the same batches.
+each method's base update (AdamW), at AdamW's own best rate (``--rest-rate``): the embedding is two thirds of the parameters, and a rate
+that suits projected linears is too high for it. The learning rate rises over a tenth of the steps and falls to a tenth along a cosine.
+Its peak is the best of ``--rates`` for each method, by held-out loss after a sweep of ``--sweep-steps`` with a seed of its own. Windows
+of a step depend on the seed and the step alone, so all methods see the same batches.
 
 Results are lines of JSON in ``--output``, one a run; a run that is found there is not repeated. A run that is cut short goes on
 from a checkpoint beside it.
@@ -55,11 +56,13 @@ class Cell:
     ratio: int
     interval: int
     scale: float
+    rest_rate: float | None = None
+    """Of what is not projected; ``None``: as the rest."""
 
     @property
     def name(self) -> str:
         """A name for its checkpoint and its progress bar."""
-        return f"{self.method}-seed{self.seed}-lr{self.lr:g}-{self.steps}x{self.rows}x{self.length}-{self.layers}layers"
+        return f"{self.method}-seed{self.seed}-lr{self.lr:g}-{self.rest_rate or self.lr:g}-{self.steps}x{self.rows}x{self.length}-{self.layers}layers"
 
 
 class Task:
@@ -97,20 +100,21 @@ class Run:
         starts = torch.randint(len(text) - self.cell.length, (rows,), generator=generator)
         return torch.stack([text[s : s + self.cell.length] for s in starts.tolist()])
 
-    def rate(self) -> float:
-        """The learning rate of the current step."""
+    def schedule(self) -> float:
+        """The current step's share of the peak learning rate."""
         warm = max(self.cell.steps // 10, 1)
         if self.step < warm:
-            return self.cell.lr * (self.step + 1) / warm
+            return (self.step + 1) / warm
         turn = math.pi * (self.step - warm) / max(self.cell.steps - warm, 1)
-        return self.cell.lr * (0.1 + 0.45 * (1 + math.cos(turn)))
+        return 0.1 + 0.45 * (1 + math.cos(turn))
 
     def advance(self) -> float:
         """One step; its loss."""
         started = time.perf_counter()
         ids = self.windows(self.task.train, 10_000 * (self.cell.seed + 1) + self.step, self.cell.rows)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+            projected = any(group.get(key) is not None for key in ("rank", "rank_ratio"))
+            group["lr"] = self.schedule() * (self.cell.lr if projected or self.cell.rest_rate is None else self.cell.rest_rate)
         loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -216,11 +220,12 @@ def main(
     rates: Annotated[str, typer.Option(help="peak learning rates that are tried")] = "5e-4,1e-3,2e-3,4e-3",
     sweep_steps: int = 40,
     rows: int = 4,
-    length: int = 32,
+    length: int = 64,
     layers: int = 6,
     ratio: Annotated[int, typer.Option(help="rank is the smaller dimension of a weight divided by it")] = 4,
     interval: Annotated[int, typer.Option(help="steps between bases of GaLore and Fira")] = 100,
     scale: float = 1.0,
+    rest_rate: Annotated[float | None, typer.Option(help="of what is not projected; default: AdamW's best of --rates")] = None,
     save_every: int = 100,
     output: Path = Path("benchmarks/results/quality/runs.jsonl"),
     only_table: Annotated[bool, typer.Option("--table", help="print what is finished, run nothing")] = False,
@@ -235,11 +240,12 @@ def main(
         task = Task(layers)
 
         def cell(method: str, seed: int, lr: float, steps: int) -> dict[str, Any]:
-            made = Cell(method, seed, lr, steps, rows, length, layers, ratio, interval, scale)
+            rest = None if method == "adamw" else rest_rate or best["adamw"]
+            made = Cell(method, seed, lr, steps, rows, length, layers, ratio, interval, scale, rest)
             return run(made, task, output, save_every)
 
-        best = {}
-        for name in names:
+        best: dict[str, float] = {}
+        for name in names if rest_rate else dict.fromkeys(("adamw", *names)):
             best[name] = best_rate([cell(name, SWEEP_SEED, lr, sweep_steps) for lr in tried]) if len(tried) > 1 else tried[0]
         for seed in map(int, seeds.split(",")):
             for name in names:

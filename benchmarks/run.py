@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lowmem_compile import _torch
 from lowmem_compile.demo.cell import CellResult, measure_cell
 from lowmem_compile.demo.models import MODELS, load
-from lowmem_compile.demo.table import cell_table, check, overviews, rivals_ahead
+from lowmem_compile.demo.table import cell_table, check, one_line_each, overviews, rivals_ahead
 from lowmem_compile.demo.variants import VARIANTS, select
 from lowmem_compile.demo.workload import MODES, PRECISIONS, Mode, Precision, one_of
 
@@ -45,6 +45,7 @@ def run(
     again: Annotated[bool, typer.Option(help="Measure cells anew that are in the file.")] = False,
     render_only: Annotated[bool, typer.Option(help="Measure nothing.")] = False,
     details: Annotated[bool, typer.Option(help="Print the full table of every cell.")] = False,
+    brief: Annotated[bool, typer.Option(help="Print one table: a row a cell, eager, the one flag and lowmem.")] = False,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure cells, then print the table and the check of what was asked."""
@@ -65,7 +66,7 @@ def run(
         failed = _measure_all(todo, variants, rounds, results)
     finished = _finished(results)
     cells = [finished[key] for key in wanted if key in finished]
-    text = render(cells, details=details)
+    text = "\n\n".join((one_line_each(cells), check(cells))) if brief else render(cells, details=details)
     print(text)
     if output is not None:
         output.write_text(text + "\n")

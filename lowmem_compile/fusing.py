@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lowmem_compile._torch import OpOverload, inductor_config, op_types, uses_templates
-from lowmem_compile.graph import VIEW_OPS, numel, storage_root
+from lowmem_compile.graph import VIEW_OPS, numel, storage_root, tensor_value
 from lowmem_compile.options import Options
 
 REDUCTIONS = frozenset(
@@ -82,6 +82,11 @@ def decode_is_fused(placeholder: fx.Node) -> bool:
     return any(is_reduction(n) or (is_pointwise(n) and numel(n) <= numel(placeholder)) for n in readers)
 
 
+def rows_are_summed(node: fx.Node) -> bool:
+    """Whether pointwise work and views of the tensor lead to a reduction over the last dimension."""
+    return _meets_reduction(node, _users, reduces_rows)
+
+
 def decode_is_prologue(placeholder: fx.Node, bits: int) -> bool:
     """Whether one matrix product alone reads what is decoded, and Inductor may decode as it loads its tiles.
 
@@ -101,6 +106,15 @@ def is_pointwise(node: fx.Node) -> bool:
 def is_reduction(node: fx.Node) -> bool:
     """An operation that reduces some dimensions."""
     return isinstance(node.target, OpOverload) and node.target.overloadpacket.__name__ in REDUCTIONS
+
+
+def reduces_rows(node: fx.Node) -> bool:
+    """A reduction over the last dimension, alone or with others."""
+    if not is_reduction(node):
+        return False
+    dims = node.args[1] if len(node.args) > 1 else None
+    last = tensor_value(node.all_input_nodes[0]).dim() - 1
+    return not isinstance(dims, list | tuple | int) or any(d in (-1, last) for d in ([dims] if isinstance(dims, int) else dims))
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -123,14 +137,16 @@ def _users(node: fx.Node) -> Iterable[fx.Node]:
     return node.users
 
 
-def _meets_reduction(start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
-    """Whether a chain of pointwise work and views from the node in one direction meets a reduction."""
+def _meets_reduction(
+    start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]], wanted: Callable[[fx.Node], bool] = is_reduction
+) -> bool:
+    """Whether a chain of pointwise work and views from the node in one direction meets a reduction that is wanted."""
     seen = {start}
     work = [start]
     while work:
         node = work.pop()
         for other in neighbours(node) if node is not start or neighbours is _users or is_pointwise(node) else ():
-            if is_reduction(other):
+            if wanted(other):
                 return True
             if other not in seen and (other.target in VIEW_OPS or is_pointwise(other)):
                 seen.add(other)

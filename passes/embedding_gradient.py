@@ -12,14 +12,17 @@ then write equal rows. Where the gradient is only added to another one, head: bf
     after    dW = head; dW[i] = bf16(f32(head[i]) + total[slot])                            4·N·D + 2·N·D + 4·V
     float32  dW = head; dW[i] += rows                                                       nothing besides
 
-The last step of the first form is one operation (``kernels/scatter_rows``): what was read before is freed when the table is
-made. In the second, Inductor writes the last step into ``head``, which nothing reads afterwards; where ``head`` is computed for
+A float32 gradient that is added to no other is made last: dW = zeros(f32[V, D]); dW[i] += rows.
+
+The last step of the first form, and the float32 one, is one operation (``kernels/scatter_rows``): what was read before is freed
+when the table is made. In the second, Inductor writes the last step into ``head``, which nothing reads afterwards; where ``head`` is computed for
 this alone, it is kept in memory, so that the saved tensor it is computed from (the chunked loss's ∂L/∂W, which is scaled) is read
 once, and Inductor writes over it. dW[v] = Σ rows[n] over
 i[n] = v, masked as before (padding index). The gradient is the exact one. Bytes at once, not bytes saved for backward:
 4·(V − N)·D − 4·V fewer; of a sum 4·V·D − 6·N·D − 4·V fewer, in float32 all 4·V·D.
-Not matched: sums over more than one index, sparse gradients. Declined where the sum takes more than it frees, and where the
-gradient is float32 by itself and is not added to another.
+Not matched: sums over more than one index, sparse gradients. Declined where the sum takes more than it frees, or rows as much as
+the gradient. Under autocast ``head`` is a cast of the bf16 gradient of the head: one
+f32[V, D] in place of two, zeros for the rows and the sum.
 Numerics class: REASSOCIATED (of a sum with another gradient, one rounding less).
 """
 
@@ -94,12 +97,12 @@ class EmbeddingGradient:
         place = place_of(node)
         if len(node.users) > 1 or (place.result is not node and any(map(_widens, place.result.users))):
             return Decline("LM206", "the wide sum is read elsewhere")
-        if not place.narrow and (place.other is None or place.other.target == CAST):
-            return Decline("LM309", f"the gradient is {_short(node)} by itself, and is added to no other")
         if numel(node) < SMALLEST:
             return Decline("LM305", "the gradient is small")
         rows, wide = numel(place.rows), numel(node)
-        if place.narrow and _fewer(wide, rows, concrete(tensor_value(node).shape[0]), tied=place.other is not None) <= 0:
+        late = not place.narrow and place.other is None
+        narrow_sum = _fewer(wide, rows, concrete(tensor_value(node).shape[0]), tied=place.other is not None)
+        if (late and rows >= wide) or (place.narrow and narrow_sum <= 0):
             return Decline("LM306", f"{rows} elements of rows take as much as {wide} of the whole gradient")
         return None
 
@@ -115,7 +118,7 @@ class EmbeddingGradient:
         ) -> torch.Tensor:
             where = (mask, index, rows, zeros)
             if not other:
-                return sum_rows(*where, dtype)
+                return sum_rows(*where, dtype) if place.narrow else late_rows(*where)
             return add_rows(*where, in_memory(other[0]) if own else other[0])
 
         table = {k: v for k, v in select_decomp_table().items() if k is not aten._unsafe_index_put.default}
@@ -130,7 +133,7 @@ class EmbeddingGradient:
         place, value = place_of(match.node), tensor_value(match.node)
         wide = sympy_numel(value)
         if not place.narrow:
-            return wide * value.element_size()
+            return wide * value.element_size() if place.other is not None else sympy.Integer(0)
         return _fewer(wide, sympy_numel(tensor_value(place.rows)), sympy_numel(value[:, 0]), tied=place.other is not None)
 
 
@@ -140,6 +143,13 @@ def sum_rows(
     """``zeros`` [V, D] plus the rows [..., D] at ``index`` [...], rounded once to ``dtype``."""
     at, sums = row_sums(mask, index, rows, zeros)
     table: torch.Tensor = scatter_rows(sums.to(dtype), at, zeros.shape[0])
+    return table
+
+
+def late_rows(mask: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """``zeros`` [V, D] plus the rows [..., D] at ``index`` [...], in one operation that runs when all it needs is there."""
+    at, flat = _flat(mask, index, rows, zeros)
+    table: torch.Tensor = scatter_rows(flat.to(zeros.dtype), at, zeros.shape[0], accumulate=True)
     return table
 
 
@@ -226,7 +236,3 @@ def _fewer(wide: Any, rows: Any, count: Any, *, tied: bool) -> Any:
 
 def _widens(user: fx.Node) -> bool:
     return user.target == CAST and tensor_value(user).dtype not in NARROW
-
-
-def _short(node: fx.Node) -> str:
-    return str(tensor_value(node).dtype).removeprefix("torch.")

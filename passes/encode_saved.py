@@ -31,7 +31,14 @@ from torch import fx
 from lowmem_compile._torch import OpOverload, select_decomp_table
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.crossing import behind, exchange, first_reader, repeatable, retire, view_chain
-from lowmem_compile.fusing import decode_is_fused, decode_is_prologue, encode_is_fused, runs_triton, shares_launches
+from lowmem_compile.fusing import (
+    decode_is_fused,
+    decode_is_prologue,
+    encode_is_fused,
+    rows_are_summed,
+    runs_triton,
+    shares_launches,
+)
 from lowmem_compile.graph import (
     insert,
     is_static,
@@ -225,12 +232,14 @@ def may_share(value: torch.Tensor, ctx: Context) -> bool:
 def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:
     """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles.
 
-    On a CPU what library calls alone read is laid out as its codes are, where they lie in runs.
+    On a CPU codes that lie in runs are decoded in loops of their own for library calls and for what sums rows: a sum over such a
+    row, written as one loop, is computed element by element (a norm's backward takes ten times as long).
     """
+    if ctx.device == "cpu":
+        alone = not decode_is_fused(placeholder) or rows_are_summed(placeholder)
+        return "in loops" if codec.runs > 1 and alone else "fused"
     if decode_is_fused(placeholder):
         return "fused"
-    if ctx.device == "cpu":
-        return "in loops" if codec.runs > 1 else "fused"
     if not has_kernel(codec, value, ctx):
         return "fused"
     if decode_is_prologue(placeholder, codec.bits):

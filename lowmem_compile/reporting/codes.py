@@ -192,11 +192,6 @@ REASONS: Final[Mapping[str, Reason]] = {
         "Without a gradient of the scale, the output of the linear layer is not kept for it.",
         "",
     ),
-    "LM309": Reason(
-        "No wider copy to avoid",
-        "The gradient is summed in the dtype of the weight and is not added to another, so nothing besides it is made.",
-        "",
-    ),
     "LM310": Reason(
         "Nothing to launch it with",
         "No other encode or decode is near enough to share a launch.",
