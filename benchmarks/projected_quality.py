@@ -7,10 +7,10 @@
 SmolLM2-135M cut to 6 layers (`lowmem_compile.demo.weights`), float32, dropout off. Text: Python's language reference
 (``pydoc_data.topics``); the last tenth is held out. The vocabulary is cut to the tokens that occur in the text, embedding (the
 head) with it: all methods train the same smaller model. Linears of the layers are projected at rank width / 4, the rest gets
-each method's base update (AdamW), at AdamW's own best rate (``--rest-rate``): the embedding is two thirds of the parameters, and a rate
-that suits projected linears is too high for it. The learning rate rises over a tenth of the steps and falls to a tenth along a cosine.
-Its peak is the best of ``--rates`` for each method, by held-out loss after a sweep of ``--sweep-steps`` with a seed of its own. Windows
-of a step depend on the seed and the step alone, so all methods see the same batches.
+each method's base update (AdamW), at AdamW's own best rate (``--rest-rate``): the embedding is a large part of the parameters,
+and a rate that suits projected linears is too high for it. The learning rate rises over a tenth of the steps and falls to a tenth
+along a cosine. Its peak is the best of ``--rates`` for each method, by held-out loss after a sweep of ``--sweep-steps`` with a
+seed of its own. Windows of a step depend on the seed and the step alone, so all methods see the same batches.
 
 Results are lines of JSON in ``--output``, one a run; a run that is found there is not repeated. A run that is cut short goes on
 from a checkpoint beside it.
@@ -62,7 +62,8 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for its checkpoint and its progress bar."""
-        return f"{self.method}-seed{self.seed}-lr{self.lr:g}-{self.rest_rate or self.lr:g}-{self.steps}x{self.rows}x{self.length}-{self.layers}layers"
+        rates = f"{self.lr:g}-{self.rest_rate or self.lr:g}"
+        return f"{self.method}-seed{self.seed}-lr{rates}-{self.steps}x{self.rows}x{self.length}-{self.layers}layers"
 
 
 class Task:

@@ -15,14 +15,14 @@ then write equal rows. Where the gradient is only added to another one, head: bf
 A float32 gradient that is added to no other is made last: dW = zeros(f32[V, D]); dW[i] += rows.
 
 The last step of the first form, and the float32 one, is one operation (``kernels/scatter_rows``): what was read before is freed
-when the table is made. In the second, Inductor writes the last step into ``head``, which nothing reads afterwards; where ``head`` is computed for
-this alone, it is kept in memory, so that the saved tensor it is computed from (the chunked loss's ∂L/∂W, which is scaled) is read
-once, and Inductor writes over it. dW[v] = Σ rows[n] over
-i[n] = v, masked as before (padding index). The gradient is the exact one. Bytes at once, not bytes saved for backward:
-4·(V − N)·D − 4·V fewer; of a sum 4·V·D − 6·N·D − 4·V fewer, in float32 all 4·V·D.
+when the table is made. In the second, Inductor writes the last step into ``head``, which nothing reads afterwards; where
+``head`` is computed for this alone, it is kept in memory, so that the saved tensor it is computed from (the chunked loss's ∂L/∂W,
+which is scaled) is read once, and Inductor writes over it. Under autocast ``head`` is a cast of the bf16 gradient of the head:
+one f32[V, D] in place of two, zeros for the rows and the sum. dW[v] = Σ rows[n] over i[n] = v, masked as before (padding
+index). The gradient is the exact one. Bytes at once, not bytes saved for backward: 4·(V − N)·D − 4·V fewer; of a sum
+4·V·D − 6·N·D − 4·V fewer, in float32 all 4·V·D.
 Not matched: sums over more than one index, sparse gradients. Declined where the sum takes more than it frees, or rows as much as
-the gradient. Under autocast ``head`` is a cast of the bf16 gradient of the head: one
-f32[V, D] in place of two, zeros for the rows and the sum.
+the gradient.
 Numerics class: REASSOCIATED (of a sum with another gradient, one rounding less).
 """
 
