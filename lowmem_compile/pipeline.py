@@ -33,6 +33,7 @@ from lowmem_compile.passes.projection_taps import ProjectionTaps
 from lowmem_compile.passes.recognise_activation import RecogniseActivation
 from lowmem_compile.passes.recognise_norm import RecogniseNorm
 from lowmem_compile.passes.recompute_saved import RecomputeSaved
+from lowmem_compile.passes.unfold_patches import UnfoldPatches
 from lowmem_compile.passes.update_in_backward import UpdateInBackward
 from lowmem_compile.reporting.model import PassRun, Site
 
@@ -43,6 +44,7 @@ PASSES: tuple[Pass, ...] = (
     RecogniseNorm(),
     FoldNormAffine(),  # reads the op that recognise_norm makes
     FoldLayerScale(),
+    UnfoldPatches(),
     ChunkLoss(),
     ProjectionTaps(),  # last of its stage: a head that the chunked loss takes is not tapped
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes

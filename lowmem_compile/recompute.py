@@ -6,7 +6,8 @@ every weight under autocast. Here:
 - a pointwise operation may be recomputed, also where a matmul reads it (Inductor's ``ban_recompute_materialized_backward`` off);
 - views, casts and pointwise operations with a single large input may always be recomputed: their input is one tensor that is at
   hand, so "used far apart" and "long chain" do not apply (this is what keeps fp32 twins of bf16 tensors from being saved);
-- tensors computed from parameters alone (autocast copies, folded weights) must be recomputed;
+- tensors computed from parameters alone (autocast copies, folded weights) must be recomputed, and so must copies of an input
+  that take no fewer bytes than the input;
 - a pinned tensor (codes, normalised outputs) is never recomputed.
 
 Numerics class: EXACT.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -30,6 +32,8 @@ from lowmem_compile._torch import (
 )
 from lowmem_compile.graph import VIEW_OPS, numel, parameter_only, storage_root, tensor_of
 
+aten = torch.ops.aten
+MOVES = {*VIEW_OPS, aten.clone.default}
 AFTER_EVERY_CHECKPOINT = 1 << 30
 
 
@@ -44,7 +48,7 @@ def choose_saved(joint: fx.Graph, info: NodeInfo, memory_budget: float, *, point
     for node in wanted:
         if not hasattr(node, "dist_from_bw"):
             node.dist_from_bw = 1
-    for node in parameter_only(joint, info.static_lifetime_input_nodes):
+    for node in (*parameter_only(joint, info.static_lifetime_input_nodes), *_copies_of_inputs(joint)):
         if info.is_required_fw(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta["ac_graph_id"] = AFTER_EVERY_CHECKPOINT
@@ -72,6 +76,19 @@ def _with_ancestors(pins: list[fx.Node], info: NodeInfo) -> list[fx.Node]:
         found.append(node)
         work.extend(node.all_input_nodes)
     return found
+
+
+def _copies_of_inputs(joint: fx.Graph) -> list[fx.Node]:
+    """Copies of an input of the graph in another order, with the views between, of as many elements."""
+    source: dict[fx.Node, fx.Node] = {n: n for n in joint.find_nodes(op="placeholder")}
+    for node in joint.nodes:
+        if node.target in MOVES and (first := node.args[0]) in source and numel(node) == numel(source[first]):
+            source[node] = source[first]
+    copied = {n for n in source if n.target is aten.clone.default}
+    for node in joint.nodes:
+        if node in source and any(i in copied for i in node.all_input_nodes):
+            copied.add(node)
+    return [n for n in source if n in copied]
 
 
 def _cheap(node: fx.Node) -> bool:

@@ -3,13 +3,12 @@
 Two kinds of call take much, on a CPU: the chunked loss, by a formula, and convolutions, for which oneDNN chooses an algorithm by
 shape and dtype (a bf16 patch embedding of DINOv2 takes 104 MB for a result of 0.8 MB). No formula gives the latter, so each
 convolution is run twice on zeros of its shapes, the second time under PyTorch's profiler: the highest sum of the blocks of the
-allocator, less the result. Convolutions of more than ``LARGEST`` bytes, on other devices, of dynamic size, or compiled while a
+allocator, less the result. Convolutions of more than ``LARGEST`` bytes, on other devices, of dynamic size, or first met while a
 profiler of the user's runs, count as taking none.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -43,7 +42,7 @@ def call_scratch(target: Any, args: Sequence[Any]) -> int:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if str(target) == "lowmem.linear_cross_entropy.default":
         return _chunks(tensors[0], tensors[1])
-    if target not in CONVOLUTIONS or profiler_is_on() or any(t.device.type != "cpu" for t in tensors):
+    if target not in CONVOLUTIONS or any(t.device.type != "cpu" for t in tensors):
         return 0
     if sum(t.numel() * t.element_size() for t in tensors) > LARGEST:
         return 0
@@ -66,8 +65,6 @@ def _of_convolution(node: fx.Node) -> int:
     fixed = all(isinstance(s, int) for v in tensors for s in v.shape)
     if not fixed or any(v.device.type != "cpu" for v in tensors) or sum(map(nbytes, node.all_input_nodes)) > LARGEST:
         return 0
-    if profiler_is_on():
-        return 0
     return _measured(node.target, tuple(given))
 
 
@@ -85,9 +82,19 @@ def _argument(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-@functools.cache
+_MEASURED: dict[tuple[Any, tuple[Any, ...]], int] = {}
+
+
 def _measured(target: Any, given: tuple[Any, ...]) -> int:
-    """What one call on zeros of these layouts takes beyond its results."""
+    """What one call on zeros of these layouts takes beyond its results; 0 where a profiler of the user's keeps us from trying."""
+    if (target, given) not in _MEASURED:
+        if profiler_is_on():
+            return 0
+        _MEASURED[target, given] = _measure(target, given)
+    return _MEASURED[target, given]
+
+
+def _measure(target: Any, given: tuple[Any, ...]) -> int:
     with unset_fake_temporarily(), torch.no_grad():
         args = [_zeros(a) for a in given]
         target(*args)  # the first call of a shape also builds its kernels

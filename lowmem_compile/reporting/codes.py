@@ -257,6 +257,11 @@ REWRITES: Final[Mapping[str, Reason]] = {
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
         "",
     ),
+    "unfold_patches": Reason(
+        "Patches embedded by a linear layer",
+        "The convolution's windows tile its input, so it is a matrix product; the library's algorithm took scratch memory.",
+        "",
+    ),
     "accumulate_sums": Reason(
         "Gradient of a shared vector summed term by term",
         "Each sum is added as it is made, and what it reads is freed; one loop read all of it at the end of the backward pass.",

@@ -156,6 +156,7 @@ def test_the_order_of_the_passes() -> None:
         "recognise_norm",
         "fold_norm_affine",
         "fold_layer_scale",
+        "unfold_patches",
         "chunk_loss",
         "projection_taps",
         "norm_from_output",
