@@ -12,7 +12,7 @@ Bytes at once, not bytes saved for backward: the scratch memory, measured on zer
 less P.
 Not matched: devices other than a CPU, where scratch memory is not known; windows that overlap, leave gaps or have one element;
 padding, dilation, groups. Declined: sizes of the windows' input that are dynamic (a dynamic batch is none of them), a convolution
-that takes no more memory than P.
+that takes less than 1 MiB, or no more than P.
 Numerics class: REASSOCIATED (a sum over the window, in another order).
 """
 
@@ -34,6 +34,8 @@ from lowmem_compile.planner.scratch import call_scratch
 aten = torch.ops.aten
 CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 """The functional forms, by spatial dimensions."""
+SMALLEST = 1 << 20
+"""Bytes of scratch memory that are worth the work."""
 DEFAULTS = (None, None, None, 1, 0, 1, 1)
 NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
@@ -67,6 +69,8 @@ class UnfoldPatches:
         if not all(isinstance(n, int) for n in match.info.count):
             return Decline("LM203", "the size of the images is dynamic")
         taken, rows = scratch(match, ctx), patch_bytes(match, ctx)
+        if taken < SMALLEST:
+            return Decline("LM305", f"the convolution takes {taken} bytes beside its result")
         if taken <= rows:
             return Decline("LM306", f"the convolution takes {taken} bytes beside its result, rows of patches {rows}")
         return None

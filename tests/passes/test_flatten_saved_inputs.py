@@ -18,7 +18,7 @@ def patches(width: int = 8) -> nn.Module:
 
 def test_image_and_weight_cross_flat() -> None:
     model, image = patches(), torch.randn(2, 3, 16, 16, requires_grad=True)
-    graphs = compile_graphs(model)
+    graphs = compile_graphs(model)  # the convolution is too small to become a matrix product
     check_gradients(graphs, model, [image])
     assert graphs.rewritten(NAME) == 2
     flat = {tuple(n.meta["val"].shape) for n in graphs.chosen.saved_nodes() if n.op != "placeholder" and n.meta["val"].dim() == 1}

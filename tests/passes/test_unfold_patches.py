@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem_compile.contract import Context
 from lowmem_compile.demo.measure import peak_bytes
+from lowmem_compile.options import Options
 from lowmem_compile.passes import unfold_patches
 from lowmem_compile.passes.unfold_patches import UnfoldPatches
 from tests.helpers import TOLERANCE, apply, assert_same, check_gradients, compile_graphs, dynamo_graph, run, run_double
@@ -183,28 +185,40 @@ def test_idempotent() -> None:
     assert (sites, done) == ([], [])
 
 
+@pytest.mark.parametrize(("taken", "code"), [(1 << 19, "LM305"), (1 << 20, "LM306"), (1 << 22, "LM100")])
+def test_it_is_used_where_the_convolution_takes_more(taken: int, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfold_patches, "scratch", lambda *_: taken)
+    graphs = compile_graphs(nn.Sequential(nn.Conv2d(3, OUT, 64, stride=64), nn.Flatten()), gradients="exact")
+    graphs(image(512, 512, batch=1)).sum().backward()
+    (site,) = graphs.sites(NAME)
+    assert site.code == code
+    if code == "LM100":
+        assert site.bytes_before == taken - 4 * 3 * 512 * 512
+
+
 @pytest.mark.parametrize("frozen", [False, True])
-def test_it_is_used_where_the_convolution_takes_more(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what the call itself takes here: the rows of patches are no more."""
-    monkeypatch.setattr(unfold_patches, "scratch", MEASURED)
-    model, x = nn.Conv2d(3, 64, 14, stride=14).bfloat16(), torch.randn(2, 3, 56, 56, dtype=torch.bfloat16)
+def test_what_a_convolution_takes_is_measured(frozen: bool) -> None:
+    """In the dtype and the layout that it is computed in; as the pass asks, so a direct measurement."""
+    model, x = nn.Conv2d(3, 64, 14, stride=14).bfloat16(), torch.randn(2, 3, 112, 112, dtype=torch.bfloat16)
     model.weight.requires_grad_(not frozen)
+    gm, _ = dynamo_graph(model, x)
+    context = Context(Options())
+    (match,) = PASS.find(gm.graph, context)
+    weight, image = (t.detach().to(memory_format=torch.channels_last) for t in (model.weight, x))
+    y = torch.conv2d(image, weight, stride=14)
+    settings = ([14, 14], [0, 0], [1, 1], False, [0, 0], 1)
 
     def forward() -> Tensor:
-        result: Tensor = model(x).float().sum()
+        result: Tensor = torch.ops.aten.convolution(image, weight, None, *settings)
         return result
 
-    forward()
-    graphs = compile_graphs(model, gradients="exact")
-    run(graphs, model, [x])
-    with torch.no_grad():
-        found = peak_bytes(forward, lambda _: None)
-    rows = x.nbytes
-    if frozen and found.peak - found.end > 4 * rows:
-        assert graphs.codes(NAME) == ["LM100"]
-    (site,) = graphs.sites(NAME)
-    assert site.code in ("LM100", "LM306")
-    if site.code == "LM306":
-        assert f"rows of patches {rows}" in site.reason
-    else:
-        assert site.bytes_before > 0
+    def backward() -> Any:
+        return torch.ops.aten.convolution_backward(y, image, weight, [0], *settings, [False, True, False])
+
+    taken = []
+    for call in (forward, backward):
+        call()
+        found = peak_bytes(call, lambda _: None)
+        taken.append(found.peak - found.end)
+    assert MEASURED(match, context) == (taken[0] if frozen else max(taken))
+    assert unfold_patches.patch_bytes(match, context) == x.nbytes
