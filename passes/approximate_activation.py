@@ -90,7 +90,7 @@ def pack_slope(slope: torch.Tensor, low: float, high: float, bits: int) -> tuple
     pad = runs * length - code.shape[-1]
     if pad:
         code = aten.constant_pad_nd(code, [0, pad])
-    return tuple(pack_codes(code.reshape(*code.shape[:-1], runs, length), bits))
+    return tuple(plane.flatten(-3) for plane in pack_codes(code.reshape(*code.shape[:-1], runs, 1, length), bits))
 
 
 def unpack_slope(packed: tuple[torch.Tensor, ...], width: int, low: float, high: float, bits: int) -> torch.Tensor:

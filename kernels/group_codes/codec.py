@@ -118,10 +118,15 @@ class Codec:
         cells = padded(rows, length)
         cells = cells.reshape(*cells.shape[:-1], length // group, group)
         inverse, scale = self.scales_of(cells, x.dtype, in_loops=in_loops)
-        code = self.codes_of(cells, in_memory(inverse) if in_loops else inverse).reshape(*x.shape[:-1], runs, length)
-        narrow = FLOAT8 if self.floating else torch.int8
-        parts = [code.to(narrow).squeeze(-2)] if self.bits == 8 else pack_codes(code + float(self.largest), self.bits)
-        return (*parts, scale.reshape(*x.shape[:-1], runs * (length // group)))
+        code = self.codes_of(cells, in_memory(inverse) if in_loops else inverse)
+        lead = x.shape[:-1]
+        if self.bits == 8:
+            parts = [code.to(FLOAT8 if self.floating else torch.int8).reshape(*lead, length)]
+        else:
+            packed = pack_codes(code + float(self.largest), self.bits)
+            apart = in_loops and length > group and group % (2 * LANES)  # else a vector of a run may span two scales
+            parts = [(in_memory(p) if apart else p).reshape(*lead, p.shape[-3] * length) for p in packed]
+        return (*parts, scale.reshape(*lead, runs * (length // group)))
 
     def scales_of(self, cells: Tensor, dtype: torch.dtype, *, in_loops: bool = False) -> tuple[Tensor, Tensor]:
         """1/s in float32 (0 where s is 0 or NaN) and s in bfloat16, each [..., 1], of groups of x, float32 [..., g].
@@ -262,7 +267,10 @@ def padded(x: Tensor, width: Size) -> Tensor:
 
 
 def pack_codes(code: Tensor, bits: int) -> list[Tensor]:
-    """uint8 planes of codes [..., R, L] from 0 to 2^bits - 1, held as float32; one conversion to integers a plane."""
+    """uint8 planes [..., R·w/8, L/g, g] of codes [..., R, L/g, g] from 0 to 2^bits - 1, held as float32.
+
+    One conversion to integers a plane. The groups stay apart, so that a loop over one has a single scale.
+    """
     packed = []
     rest, left = code, bits
     for w in planes(bits):
@@ -274,14 +282,14 @@ def pack_codes(code: Tensor, bits: int) -> list[Tensor]:
 
 
 def _pack_plane(code: Tensor, w: int) -> Tensor:
-    """uint8 [..., R·L·w/8] of codes [..., R, L] from 0 to 2^w - 1."""
-    *lead, runs, length = code.shape
+    """uint8 [..., R·w/8, L/g, g] of codes [..., R, L/g, g] from 0 to 2^w - 1."""
+    *lead, runs, groups, group = code.shape
     per_byte = 8 // w
-    split = code.reshape(*lead, per_byte, runs // per_byte, length)
-    total = split[..., 0, :, :]
+    split = code.reshape(*lead, per_byte, runs // per_byte, groups, group)
+    total = split[..., 0, :, :, :]
     for k in range(1, per_byte):
-        total = total + split[..., k, :, :] * float(2 ** (w * k))
-    return total.to(torch.uint8).reshape(*lead, (runs // per_byte) * length)
+        total = total + split[..., k, :, :, :] * float(2 ** (w * k))
+    return total.to(torch.uint8)
 
 
 def unpack_codes(codes: Sequence[Tensor], length: int, bits: int) -> Tensor:
