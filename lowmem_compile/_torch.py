@@ -234,7 +234,8 @@ def keep_in_memory(op: OpOverload) -> None:
     """Lower an identity to its input, which Inductor then writes to memory before anything behind it reads it.
 
     The order of its dimensions in memory is that of the traced tensor, unless something read it before: left open, the first view
-    of it would decide, and the library call that asks for the traced order would get a copy.
+    of it would decide, and the library call that asks for the traced order would get a copy. On a CPU a view is turned into sizes
+    and strides of what lies in memory: views of views leave divisions in the indices, by which loops are not vectorised.
     """
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
@@ -246,6 +247,9 @@ def keep_in_memory(op: OpOverload) -> None:
         whole = isinstance(x.data, ir.StorageBox)  # not a view, whose buffer has an order of its own
         if whole and isinstance(x.get_layout(), ir.FlexibleLayout) and all(isinstance(s, int) for s in strides):
             ir.as_storage_and_layout(x, freeze=True, stride_order=ir.get_stride_order(strides))
+        if isinstance(x.data, ir.BaseView) and not isinstance(x.data, ir.ReinterpretView) and x.get_device().type == "cpu":
+            with contextlib.suppress(NotImplementedError):  # a view that has no strides stays as it is
+                return ir.TensorBox(ir.ExternKernel.convert_to_reinterpret_view(x.data))
         return x
 
     register_lowering(op, type_promotion_kind=None)(lower)
