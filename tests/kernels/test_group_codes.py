@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
-from lowmem_compile.kernels.group_codes import CODECS, Codec, codec_named, group_size, planes
+from lowmem_compile.kernels.group_codes import CODECS, Codec, codec_named, group_size, in_memory, planes
 from lowmem_compile.kernels.group_codes.codec import rounded_to_bfloat16
 
 INTEGER = [name for name, codec in CODECS.items() if name.startswith("int")]
@@ -368,7 +369,7 @@ def test_nbytes(width: int, rows: int, group: int, name: str) -> None:
     assert ours.shape == (rows, width)
 
 
-@pytest.mark.parametrize("width", [1, 48, 64, 100, 384])
+@pytest.mark.parametrize("width", [1, 48, 64, 100, 384, 576])
 @pytest.mark.parametrize("name", [n for n in CODECS if n != "bf16"])
 def test_codes_written_for_loops_are_the_same(name: str, width: int) -> None:
     codec = codec_named(name)
@@ -380,6 +381,25 @@ def test_codes_written_for_loops_are_the_same(name: str, width: int) -> None:
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
         got, want = (codec.decode(parts, width, dtype, in_loops=in_loops) for in_loops in (True, False))
         assert torch.equal(got.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("name", "heads"), [("int10", 12), ("int6", 9), ("int8", 9)])
+def test_loops_are_vector_loops(name: str, heads: int) -> None:
+    """Neither groups that are no whole number of vectors nor the views that cut out heads leave an element to a scalar loop."""
+    codec = codec_named(name, group=128)
+
+    def encode(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q = (a + b).unflatten(-1, (heads, 64)).transpose(-2, -3)
+        return q, *codec.encode(in_memory(q).transpose(-2, -3).flatten(-2), in_loops=True)
+
+    a, b = torch.randn(2, 2, 32, heads * 64).to(torch.bfloat16)
+    made, (source,) = run_and_get_code(torch.compile(encode), a, b)
+    assert "at::vec::Vectorized" in source
+    assert "std::nearbyint" not in source
+    assert "div_floor_integer" not in source
+    for got, want in zip(made, encode(a, b), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.e2e

@@ -223,6 +223,27 @@ def test_what_attention_reads_is_decoded_in_vector_loops() -> None:
     assert "%" not in "".join(line for line in source.splitlines() if "in_ptr" in line)
 
 
+class Normed(nn.Module):
+    """A norm between linears, whose backward sums what it reads over a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(192, 192), nn.RMSNorm(192), nn.Linear(192, 192)
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.tanh(self.outer(self.norm(torch.tanh(self.inner(x)))))
+
+
+@pytest.mark.parametrize(("name", "model", "alone"), [("int6", Normed, True), ("int8", Normed, False), ("int6", Block, False)])
+def test_what_a_norm_sums_is_decoded_in_loops_of_its_own(name: str, model: type[nn.Module], alone: bool) -> None:
+    """Where codes lie in runs. Pointwise work decodes for itself."""
+    net = model()
+    graphs = compile_graphs(net, codec=name)
+    run(graphs, net, [torch.randn(128, 192, requires_grad=True) if model is Normed else rows()])
+    assert graphs.rewritten(NAME) > 0
+    assert any(n.target is torch.ops.lowmem.in_memory.default for n in graphs.chosen.backward.graph.nodes) == alone
+
+
 def test_short_last_dimensions_are_merged() -> None:
     model = Block(lambda h: h.unflatten(-1, (24, 4)).square().tanh().flatten(-2))
     graphs = compile_graphs(model, codec="int8")
