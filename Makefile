@@ -74,7 +74,7 @@ bench-optim: venv
 	$(BIN)/python benchmarks/projected_gradients.py
 	$(BIN)/python benchmarks/projected_steps.py --layers 8 --length 256 $(if $(COAP),--coap $(COAP))
 	$(BIN)/python benchmarks/projected_steps.py --model smollm2 --layers 6 --length 256 $(if $(COAP),--coap $(COAP))
-	$(BIN)/python benchmarks/projected_quality.py --rates 5e-4,1e-3,2e-3,4e-3 --sweep-steps 150
+	$(BIN)/python benchmarks/projected_quality.py --sweep-steps 100
 
 kernels: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m lowmem_compile.gpu_free.page > .cache/kernels.md

@@ -219,7 +219,7 @@ def main(
     seeds: str = "0,1,2",
     steps: int = 300,
     rates: Annotated[str, typer.Option(help="peak learning rates that are tried")] = "5e-4,1e-3,2e-3,4e-3",
-    sweep_steps: int = 40,
+    sweep_steps: int = 100,
     rows: int = 4,
     length: int = 64,
     layers: int = 6,
