@@ -267,7 +267,7 @@ def _base(node: fx.Node) -> str:
 
 
 def _role(node: fx.Node) -> Role:
-    if node.target is torch.ops.lowmem.in_memory.default:
+    if str(node.target) == "lowmem.in_memory.default":
         return "pointwise"  # lowered to its input
     if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "prims"):
         return "extern"
