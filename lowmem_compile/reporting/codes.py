@@ -107,8 +107,8 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM215": Reason(
         "A gradient already",
-        "The tensor was computed with the loss and becomes the gradient of a weight, so it is as large again as soon as the "
-        "backward pass begins; codes in between would add a copy.",
+        "The tensor was computed with the loss and becomes the gradient of a weight. At the end of the backward pass its codes "
+        "would lie beside it, and that would be the highest moment of the step.",
         "",
     ),
     "LM216": Reason(
@@ -255,6 +255,12 @@ REWRITES: Final[Mapping[str, Reason]] = {
     "encode_saved": Reason(
         "Kept as integer codes",
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
+        "",
+    ),
+    "encode_gradient": Reason(
+        "Gradient kept as integer codes",
+        "The gradient of a weight was computed with the loss. It is kept as codes of a few bits until the backward pass hands it "
+        "on.",
         "",
     ),
     "unfold_patches": Reason(
