@@ -4,19 +4,24 @@
     always         N = Adam(R),  φ = ‖N‖/‖R‖ along the rank axis,  S = limiter(φ ⊙ (G - up(R)))
                    W ← W - η·scale·(up(N) + S)
 
+φ scales whole rows or columns, so φ ⊙ up(R) = up(φ ⊙ R). With the limiter's factor f the direction is then
+up(N - φ/f ⊙ R) + φ/f ⊙ G: one product with P in place of two, and S is never formed.
+
 The released package multiplies up(R) by α inside S instead: both are the same at α = 1 alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal, Unpack
 
 import torch
+from torch import Tensor
 
 from lowmem_compile.optim.galore import GaLore
-from lowmem_compile.optim.limiter import limit_growth, norm_ratio
+from lowmem_compile.optim.limiter import growth, norm_ratio
 from lowmem_compile.optim.moments import take_step
-from lowmem_compile.optim.projector import Plan, up
+from lowmem_compile.optim.projector import Plan, Side, up
 from lowmem_compile.optim.settings import Common, ParamsLike
 from lowmem_compile.optim.slots import Slot
 from lowmem_compile.optim.units import Group, Work
@@ -76,12 +81,32 @@ class Fira(GaLore):
 
     def projected_step(self, work: Work) -> None:
         assert work.full is not None
-        side, slot = work.plan.side, work.slots[-1]
-        update = take_step(work.state, work.slots, work.low, work.param, work.group, work.rates)
-        residual = work.full - up(work.low, work.factors, side)
-        S, norm = limit_growth(norm_ratio(update.direction, work.low, side) * residual, slot.load(work.state), total=work.total)
+        G, R, side, slot = work.full, work.low, work.plan.side, work.slots[-1]
+        update = take_step(work.state, work.slots, R, work.param, work.group, work.rates)
+        N = update.direction
+        ratio = norm_ratio(N, R, side)
+        factor, norm = growth(_scaled_norm(ratio, G, R, side, work.total), slot.load(work.state))
         slot.save(work.state, norm)
-        self.apply(work, up(update.direction, work.factors, side) + S, update)
+        ratio = ratio / factor
+        self.apply(work, up(N - ratio * R, work.factors, side) + ratio * G, update)
+
+
+def _scaled_norm(ratio: Tensor, G: Tensor, R: Tensor, side: Side, total: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """‖φ ⊙ (G - up(R))‖ without that matrix: P has orthonormal columns, so along the rank axis it is √(‖G‖² - ‖R‖²).
+
+    Args:
+        ratio: φ.
+        G: [O, I].
+        R: its projection.
+        side: of the projector.
+        total: sums over the ranks that hold the other rows of G; R is whole on the left side.
+    """
+    axis = 1 if side == "right" else 0
+    whole, kept = (x.square().sum(axis, keepdim=True) for x in (G, R))
+    if total is not None and side == "left":
+        whole = total(whole)
+    square = (ratio.square() * (whole - kept).clamp(min=0)).sum()
+    return (square if total is None or side == "left" else total(square)).sqrt()
 
 
 def scaled_norm_slot() -> Slot:

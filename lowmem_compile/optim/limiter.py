@@ -45,6 +45,12 @@ def limit_growth(
     norm = torch.linalg.vector_norm(S)
     if total is not None:
         norm = total(norm.square()).sqrt()
+    factor, after = growth(norm, previous, gamma)
+    return S / factor, after
+
+
+def growth(norm: Tensor, previous: Tensor, gamma: float = GAMMA) -> tuple[Tensor, Tensor]:
+    """What S is divided by, at least 1, and its norm after that; see :func:`limit_growth`."""
     before = torch.where(previous > 0, previous.to(norm.dtype), torch.inf)
     factor = (norm / (before + TINY)).clamp(min=gamma) / gamma
-    return S / factor, norm / factor
+    return factor, norm / factor
