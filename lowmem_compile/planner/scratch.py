@@ -1,10 +1,10 @@
 """Memory that a library call takes while it runs, beside what it returns.
 
-Two kinds of call take much, on a CPU: the chunked loss, by a formula, and convolutions, for which oneDNN chooses an algorithm by
-shape and dtype (a bf16 patch embedding of DINOv2 takes 104 MB for a result of 0.8 MB). No formula gives the latter, so each
-convolution is run twice on zeros of its shapes, the second time under PyTorch's profiler: the highest sum of the blocks of the
-allocator, less the result. Convolutions of more than ``LARGEST`` bytes, on other devices, of dynamic size, or first met while a
-profiler of the user's runs, count as taking none.
+Two kinds of call take much, on a CPU: the chunked loss, by a formula (``scatter_rows`` likewise: an index of each row), and
+convolutions, for which oneDNN chooses an algorithm by shape and dtype (a bf16 patch embedding of DINOv2 takes 104 MB for a
+result of 0.8 MB). No formula gives the latter, so each convolution is run twice on zeros of its shapes, the second time under
+PyTorch's profiler: the highest sum of the blocks of the allocator, less the result. Convolutions of more than ``LARGEST`` bytes,
+on other devices, of dynamic size, or first met while a profiler of the user's runs, count as taking none.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 LARGEST = 1 << 28
 """Bytes of arguments: a larger call would take noticeable time and memory to try."""
+SCATTER_ROWS = "lowmem.scatter_rows.default"
+INDEX = torch.int64.itemsize
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 
 
@@ -32,6 +34,8 @@ def scratch_bytes(node: fx.Node) -> int:
     """Bytes that the call takes beside its results."""
     if str(node.target) == "lowmem.linear_cross_entropy.default":
         return _of_loss(node)
+    if str(node.target) == SCATTER_ROWS:
+        return INDEX * concrete(tensor_value(node.all_input_nodes[1]).shape[0])
     if node.target in CONVOLUTIONS:
         return _of_convolution(node)
     return 0
@@ -42,6 +46,8 @@ def call_scratch(target: Any, args: Sequence[Any]) -> int:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if str(target) == "lowmem.linear_cross_entropy.default":
         return _chunks(tensors[0], tensors[1])
+    if str(target) == SCATTER_ROWS:
+        return INDEX * concrete(tensors[1].shape[0])
     if target not in CONVOLUTIONS or any(t.device.type != "cpu" for t in tensors):
         return 0
     if sum(t.numel() * t.element_size() for t in tensors) > LARGEST:
