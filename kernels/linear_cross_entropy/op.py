@@ -30,9 +30,9 @@ def chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
 
 
 def chunk_gradient(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float, z_weight: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of losses, ∂sum/∂logits in the dtype of the logits) of one chunk [C, V]."""
+    """(sum of losses, ∂sum/∂logits in the dtype of the logits) of one chunk [C, V]; ``z_weight``·lse² of every row is added."""
     wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     lse = torch.logsumexp(wide, 1)
     valid = target != ignore_index
@@ -47,12 +47,19 @@ def chunk_gradient(
     if label_smoothing:
         grad = grad - label_smoothing / logits.shape[1]
     grad = torch.where(valid.unsqueeze(1), grad, 0.0)
-    return torch.where(valid, loss, 0.0).sum(), grad.to(logits.dtype)
+    total = torch.where(valid, loss, 0.0).sum()
+    if z_weight is not None:
+        weight = z_weight.to(wide.dtype)
+        total = total + weight * lse.square().sum()
+        grad = grad + (2 * weight * lse).unsqueeze(1) * (wide - lse.unsqueeze(1)).exp()
+    return total, grad.to(logits.dtype)
 
 
-def chunk_loss_(logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float) -> torch.Tensor:
+def chunk_loss_(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, label_smoothing: float, z_weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum of losses of one chunk [C, V], whose logits become ∂sum/∂logits."""
-    loss, grad = chunk_gradient(logits, target, ignore_index, label_smoothing)
+    loss, grad = chunk_gradient(logits, target, ignore_index, label_smoothing, z_weight)
     logits.copy_(grad)
     return loss
 
@@ -85,10 +92,12 @@ def linear_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     want_weight: bool,
+    z_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss sum, ∂/∂h, ∂/∂weight, ∂/∂bias); the last two are empty unless ``want_weight``.
 
-    Shapes: h [N, D], weight [V, D], bias [V] or None, target int64 [N]; h, weight and bias of one dtype.
+    Shapes: h [N, D], weight [V, D], bias [V] or None, target int64 [N]; h, weight and bias of one dtype. With ``z_weight``, a
+    floating-point scalar without gradient, z_weight·Σ lse² over all rows is a part of the loss sum (the z-loss of PaLM).
     """
     rows, vocabulary = h.shape[0], weight.shape[0]
     step = chunk_rows(rows, vocabulary, h.element_size())
@@ -107,7 +116,7 @@ def linear_cross_entropy(
                 torch.mm(part, weight.t(), out=logits)
             else:
                 torch.addmm(bias, part, weight.t(), out=logits)
-            total += loss_of(logits, target[start : start + step], ignore_index, label_smoothing)
+            total += loss_of(logits, target[start : start + step], ignore_index, label_smoothing, z_weight)
             torch.mm(logits, weight, out=grad_h[start : start + step])
             if not want_weight:
                 continue
@@ -129,6 +138,7 @@ def _(
     ignore_index: int,  # noqa: ARG001
     label_smoothing: float,  # noqa: ARG001
     want_weight: bool,
+    z_weight: torch.Tensor | None = None,  # noqa: ARG001
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     return (
@@ -151,7 +161,7 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     dh = (grad * grad_h).to(grad_h.dtype)
     dw = (grad * grad_w).to(grad_w.dtype) if ctx.want_weight else None
     db = (grad * grad_b).to(grad_b.dtype) if ctx.want_weight and ctx.has_bias else None
-    return dh, dw, db, None, None, None, None
+    return dh, dw, db, None, None, None, None, None
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_setup)

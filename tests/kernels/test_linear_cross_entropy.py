@@ -36,15 +36,18 @@ def inputs(
     return h.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), b, target
 
 
-def compare(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, tolerance: float, smoothing: float = 0.0) -> None:
+def compare(
+    h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, tolerance: float, smoothing: float = 0.0, z: float = 0.0
+) -> None:
     """Loss and every gradient, through an outer factor, against float64."""
     leaves = [t for t in (h, weight, bias) if t is not None and t.requires_grad]
-    loss = linear_cross_entropy(h, weight, bias, target, IGNORE, smoothing, weight.requires_grad)[0]
+    z_weight = torch.tensor(z) if z else None
+    loss = linear_cross_entropy(h, weight, bias, target, IGNORE, smoothing, weight.requires_grad, z_weight)[0]
     got = [loss, *torch.autograd.grad(loss * 0.37, leaves)]
     wide = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (h, weight, bias)]
     assert wide[0] is not None
     assert wide[1] is not None
-    want_loss = linear_cross_entropy_reference(wide[0], wide[1], wide[2], target, IGNORE, smoothing)
+    want_loss = linear_cross_entropy_reference(wide[0], wide[1], wide[2], target, IGNORE, smoothing, z)
     want = [
         want_loss,
         *torch.autograd.grad(want_loss * 0.37, [t for t in wide if t is not None and t.requires_grad]),
@@ -59,6 +62,13 @@ def compare(h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, tole
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 1, 2), (7, 5, 11), (33, 8, 50), (64, 3, 129)])
 def test_against_float64(rows: int, width: int, vocabulary: int, bias: bool, smoothing: float) -> None:
     compare(*inputs(rows, width, vocabulary, bias=bias), tolerance=1e-5, smoothing=smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_z_loss_counts_every_row(smoothing: float) -> None:
+    compare(*inputs(33, 8, 50), tolerance=1e-5, smoothing=smoothing, z=0.125)
+    h, weight, _, target = inputs(12, 4, 20, bias=False)
+    compare(h, weight, None, torch.full_like(target, IGNORE), 1e-5, z=0.5)
 
 
 def test_float64_is_computed_in_float64() -> None:
@@ -150,5 +160,6 @@ def test_chunks_cover_the_rows(rows: int, vocabulary: int, itemsize: int) -> Non
 
 
 @pytest.mark.e2e
-def test_the_generated_kernel() -> None:
-    compare(*inputs(33, 8, 50), tolerance=1e-5)
+@pytest.mark.parametrize("z", [0.0, 0.125])
+def test_the_generated_kernel(z: float) -> None:
+    compare(*inputs(33, 8, 50), tolerance=1e-5, z=z)

@@ -49,6 +49,11 @@ def batch(rank: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(*rows, D, requires_grad=True), target
 
 
+def z_loss(flat: Tensor, target: Tensor) -> Tensor:
+    lse = flat.logsumexp(-1)
+    return F.cross_entropy(flat, target) + 0.05 * (lse * lse).mean()
+
+
 def language_model(logits: Tensor, target: Tensor) -> Tensor:
     shifted = logits.float()[..., :-1, :].contiguous()
     return F.cross_entropy(shifted.view(-1, V), target[..., 1:].reshape(-1))
@@ -68,6 +73,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smoothed sum, other index": lambda z, t: F.cross_entropy(
         z.view(-1, V), t.clamp(min=0).view(-1), ignore_index=3, reduction="sum", label_smoothing=0.2
     ),
+    "z-loss": lambda z, t: z_loss(z.view(-1, V), t.view(-1)),
+    "z-loss, summed, first": lambda z, t: (
+        torch.logsumexp(z, dim=-1).pow(2).sum() * 1e-3 + F.cross_entropy(z.view(-1, V), t.view(-1), label_smoothing=0.1)
+    ),
+    "z-loss of the shifted rows": lambda z, t: z_loss(z.float()[:, :-1].reshape(-1, V), t[:, 1:].reshape(-1)),
     "slice by range": lambda z, t: F.cross_entropy(z[:, 2:].reshape(-1, V), t[:, 2:].reshape(-1)),
 }
 
@@ -99,14 +109,35 @@ def second_output(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits.view(-1, V), target.view(-1)), logits
 
 
-def z_loss(logits: Tensor, target: Tensor) -> Tensor:
-    flat = logits.view(-1, V)
-    return F.cross_entropy(flat, target.view(-1)) + flat.logsumexp(-1).square().mean()
+def with_lse(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A cross-entropy and something of the logsumexp of its rows that is no z-loss."""
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        flat = logits.view(-1, V)
+        return F.cross_entropy(flat, target.view(-1)) + function(flat.logsumexp(-1))
+
+    return loss
 
 
 NEAR_MISSES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "logits returned": (second_output, "LM207"),
-    "logits read elsewhere": (z_loss, "LM207"),
+    "logits read elsewhere": (lambda z, t: F.cross_entropy(z.view(-1, V), t.view(-1)) + z.square().mean(), "LM207"),
+    "cubes of the logsumexp": (with_lse(lambda s: s.pow(3).mean()), "LM207"),
+    "logsumexp itself": (with_lse(lambda s: s.mean()), "LM207"),
+    "weighted squares": (with_lse(lambda s: (s.square() * torch.arange(N * T)).mean()), "LM207"),
+    "z-loss divided by a tensor": (with_lse(lambda s: s.square().mean() * s.detach().max()), "LM207"),
+    "z-loss returned too": (
+        lambda z, t: (F.cross_entropy(z.view(-1, V), t.view(-1)) + (y := z.logsumexp(-1).square().mean()), y),
+        "LM207",
+    ),
+    "z-loss of other rows": (
+        lambda z, t: F.cross_entropy(z[:, 1:].reshape(-1, V), t[:, 1:].reshape(-1)) + z.logsumexp(-1).square().mean(),
+        "LM207",
+    ),
+    "z-loss beside a sum": (
+        lambda z, t: F.cross_entropy(z.view(-1, V), t.view(-1), reduction="sum") + z.logsumexp(-1).square().mean(),
+        "LM207",
+    ),
     "sliced along the vocabulary": (
         lambda z, t: F.cross_entropy(z[..., : V - 1].reshape(-1, V - 1), t.reshape(-1) % (V - 1)),
         "LM207",
