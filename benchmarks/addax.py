@@ -1,8 +1,8 @@
 """AdamW, in-place SGD, MeZO and Addax fine-tune a pretrained model on a real classification set: one table from one command.
 
-    python benchmarks/addax.py minilm albert
-    python benchmarks/addax.py albert --mezo-steps 5000 --steps 500 --first-rows 2 --held-out 200
-    python benchmarks/addax.py minilm --steps 30 --mezo-steps 300 --backend eager
+    python benchmarks/addax.py minilm --mezo-steps 600 --steps 60 --held-out 96
+    python benchmarks/addax.py albert --mezo-steps 5000 --steps 500 --zeroth-rows 8 --first-rows 2 --points 50 --held-out 96
+    python benchmarks/addax.py minilm --steps 60 --held-out 96 --sensitivity
 
 Data, with lengths as they are (no cutting to one length; a batch is padded to its longest, to a multiple of 16):
 
@@ -101,7 +101,7 @@ def minilm(layers: int | None) -> Task:
     texts = [(p, label) for label, page in enumerate(("specialnames", "compound")) for p in topics[page].split("\n\n")]
     examples = [(tokenizer(p, truncation=True, max_length=LONGEST)["input_ids"], label) for p, label in texts if len(p) > 60]
     build = pretrained("AutoModelForSequenceClassification", weights.minilm_folder, layers)
-    return Task(balanced(examples, 10), build, {"AdamW": 5e-5, "IP-SGD": 3e-2, "MeZO": 1e-4, "Addax": 1e-2})
+    return Task(balanced(examples, 10), build, {"AdamW": 5e-5, "IP-SGD": 3e-2, "MeZO": 1e-4, "Addax": 2e-2})
 
 
 def albert(layers: int | None) -> Task:
