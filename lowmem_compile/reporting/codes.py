@@ -107,8 +107,8 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM215": Reason(
         "A gradient already",
-        "The tensor was computed with the loss and becomes the gradient of a weight. At the end of the backward pass its codes "
-        "would lie beside it, and that would be the highest moment of the step.",
+        "The tensor was computed with the loss and becomes the gradient of a weight, beside which its codes would lie at the end of "
+        "the backward pass, and that would be the highest moment of the step.",
         "",
     ),
     "LM216": Reason(
@@ -259,8 +259,7 @@ REWRITES: Final[Mapping[str, Reason]] = {
     ),
     "encode_gradient": Reason(
         "Gradient kept as integer codes",
-        "The gradient of a weight was computed with the loss. It is kept as codes of a few bits until the backward pass hands it "
-        "on.",
+        "The gradient of a weight, computed with the loss, is kept as codes of a few bits until the backward pass hands it on.",
         "",
     ),
     "unfold_patches": Reason(
