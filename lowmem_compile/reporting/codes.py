@@ -107,8 +107,8 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM215": Reason(
         "A gradient already",
-        "The tensor was computed with the loss and becomes the gradient of a weight, beside which its codes would lie at the end of "
-        "the backward pass, and that would be the highest moment of the step.",
+        "The tensor was computed with the loss and becomes the gradient of a weight, beside which its codes would lie at the end "
+        "of the backward pass, and that would be the highest moment of the step.",
         "",
     ),
     "LM216": Reason(
