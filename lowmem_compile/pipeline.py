@@ -21,7 +21,6 @@ from lowmem_compile.passes.approximate_activation import ApproximateActivation
 from lowmem_compile.passes.chunk_loss import ChunkLoss
 from lowmem_compile.passes.compute_once import ComputeOnce
 from lowmem_compile.passes.embedding_gradient import EmbeddingGradient
-from lowmem_compile.passes.encode_gradient import EncodeGradient
 from lowmem_compile.passes.encode_saved import EncodeSaved
 from lowmem_compile.passes.flatten_saved_inputs import FlattenSavedInputs
 from lowmem_compile.passes.fold_layer_scale import FoldLayerScale
@@ -57,9 +56,8 @@ PASSES: tuple[Pass, ...] = (
     PackMasks(),
     NarrowIntegers(),
     EncodeSaved(),
-    EncodeGradient(),  # behind encode_saved: it simulates what that leaves
     ComputeOnce(),  # what codecs read more often
-    LaunchTogether(),  # what these made
+    LaunchTogether(),  # what encode_saved made
     FlattenSavedInputs(),  # last: recompute_saved may hand over inputs
 )
 

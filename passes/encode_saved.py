@@ -40,7 +40,6 @@ from lowmem_compile.fusing import (
     shares_launches,
 )
 from lowmem_compile.graph import (
-    concrete,
     insert,
     is_static,
     module_path,
@@ -83,10 +82,6 @@ class EncodeSaved:
     numerics = Numerics.APPROXIMATE
 
     def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:
-        return [m for m in self.crossings(graph, ctx) if for_budget(ctx) or not is_gradient(m, ctx)]
-
-    def crossings(self, graph: fx.Graph, ctx: Context) -> list[Match]:
-        """All floating-point storages that cross, gradients of weights included (:mod:`.encode_gradient` takes those)."""
         if ctx.options.codec == "none":
             return []
         placeholder_of: dict[fx.Node, fx.Node] = ctx.facts["placeholder_of"]
@@ -109,7 +104,8 @@ class EncodeSaved:
         value = tensor_value(crossing.encoded)
         outputs = {storage_root(n) for n in ctx.facts["user_outputs"]}
         plan = ctx.facts.get("plan")
-        if plan is not None and plan.for_budget and plan.decision(root.name) == "exact":
+        for_budget: bool = plan is not None and plan.for_budget
+        if plan is not None and for_budget and plan.decision(root.name) == "exact":
             return Decline("LM216", "the plan for options['memory_budget'] keeps it exact")
         if root in outputs:
             return Decline("LM302", "the tensor is an output of the graph, which is kept alive anyway")
@@ -125,6 +121,10 @@ class EncodeSaved:
             return Decline("LM212", "a statistic or a copy of a weight")
         if crossing.encoded is root and not all(repeatable(view_chain(n)) for n in crossing.saved):
             return Decline("LM203", "the backward pass reads views whose sizes are computed in the graph")
+        placeholder_of = ctx.facts["placeholder_of"]
+        planned = for_budget or ctx.facts.get("planning", False)
+        if not planned and all(becomes_gradient(placeholder_of[n]) for n in crossing.saved):
+            return Decline("LM215", "the backward pass hands it on as a gradient")
         worst = next((u for u in crossing.uses if u.kind == "amplified"), None)
         if worst is not None:
             return Decline("LM212", f"the backward pass reads it through {worst.through}")
@@ -198,17 +198,6 @@ class EncodeSaved:
         last = sympy.Integer(width) if isinstance(width, int) else width.node.expr
         row = codec.nbytes(1, width) if isinstance(width, int) else last + 2
         return elements * value.element_size() - elements / last * row
-
-
-def for_budget(ctx: Context) -> bool:
-    """Whether there is a plan for ``options["memory_budget"]``, which decides on gradients too."""
-    plan = ctx.facts.get("plan")
-    return plan is not None and plan.for_budget
-
-
-def is_gradient(match: Match, ctx: Context) -> bool:
-    """Whether a storage that crosses is the gradient of a weight, computed with the loss."""
-    return all(becomes_gradient(ctx.facts["placeholder_of"][n]) for n in match.info.saved)
 
 
 def _useless(codec: Codec, value: torch.Tensor) -> Decline | None:
@@ -400,11 +389,3 @@ def rows_and_width(value: torch.Tensor, codec: Codec) -> tuple[Any, Any]:
     tail = row_dims(value, codec) if shape else 0
     width = math.prod(shape[len(shape) - tail :])
     return math.prod(shape[: len(shape) - tail]), width
-
-
-def code_bytes(match: Match, codec: Codec) -> int:
-    """Bytes of the codes of a tensor; symbolic sizes by their hint."""
-    rows, width = rows_and_width(tensor_value(match.info.encoded), codec)
-    if isinstance(width, int):
-        return codec.nbytes(concrete(rows), width)
-    return concrete(rows) * (concrete(width) * codec.bits // 8 + 2)

@@ -25,15 +25,17 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from lowmem_compile.contract import Context, Match
-from lowmem_compile.graph import nbytes, numel, storage_root
+from lowmem_compile.graph import concrete, nbytes, numel, storage_root, tensor_value
+from lowmem_compile.kernels.group_codes import Codec
 from lowmem_compile.options import CodecName
-from lowmem_compile.passes.encode_saved import EncodeSaved, code_bytes, codec_of, is_gradient
+from lowmem_compile.passes.encode_saved import EncodeSaved, codec_of, rows_and_width
 from lowmem_compile.passes.narrow_integers import NarrowIntegers
 from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.recompute_saved import crossing_nodes
 from lowmem_compile.planner.calibrate import Measured
 from lowmem_compile.planner.program import Op, Program
 from lowmem_compile.rematerialise import Recipe, recipe_of
+from lowmem_compile.sensitivity import becomes_gradient
 
 LADDER: tuple[CodecName, ...] = ("bf16", "int10", "int8", "int7", "int6", "int5", "int4")
 ORDINARY, SCORED, ATTENDED = 4.0, 40.0, 12.0
@@ -97,7 +99,7 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[
     """
     encode = EncodeSaved()
     crossing = crossing_nodes(ctx)
-    matches = {m.node: m for m in encode.crossings(graph, ctx)}
+    matches = {m.node: m for m in encode.find(graph, ctx)}
     kinds = {root: _kind(matches.get(root), ctx) for root in crossing}
     counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in ("ordinary", "score", "difference", "gradient")}
     ops = {op.name: op for op in program.forward}
@@ -125,7 +127,7 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[
 def _kind(match: Match | None, ctx: Context) -> str:
     if match is None:
         return "exact"
-    if is_gradient(match, ctx):
+    if all(becomes_gradient(ctx.facts["placeholder_of"][n]) for n in match.info.saved):
         return "gradient"
     kinds = {u.kind for u in match.info.uses}
     return "score" if "score" in kinds else "difference" if "difference" in kinds else "ordinary"
@@ -143,7 +145,7 @@ def _codes(encode: EncodeSaved, match: Match, ctx: Context, exact: int, extra: f
     found = []
     for name in LADDER:
         options = replace(ctx.options, codec=name, memory_budget=None, calibrate=False)
-        trial = replace(ctx, options=options)
+        trial = replace(ctx, options=options, facts={**ctx.facts, "planning": True})
         if encode.check(match, trial) is not None:
             continue
         codec = codec_of(trial, match.info)
@@ -172,6 +174,14 @@ def exact_bytes(graph: fx.Graph, ctx: Context, saved: Sequence[fx.Node]) -> int:
                 freed = p.bytes_saved(match, alone)
                 return whole - int(freed) if freed.is_number else whole
     return whole
+
+
+def code_bytes(match: Match, codec: Codec) -> int:
+    """Bytes of the codes of a tensor; symbolic sizes by their hint."""
+    rows, width = rows_and_width(tensor_value(match.info.encoded), codec)
+    if isinstance(width, int):
+        return codec.nbytes(concrete(rows), width)
+    return concrete(rows) * (concrete(width) * codec.bits // 8 + 2)
 
 
 def _time(recipe: Recipe, ops: Mapping[str, Op], balance: float) -> float:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from lowmem_compile.errors import BudgetError
 from lowmem_compile.graph import module_path, shape_names, source_line, storage_root, tensor_value
-from lowmem_compile.passes.encode_gradient import RISE, peaks
 from lowmem_compile.planner.budget import Budget
 from lowmem_compile.planner.choices import BALANCE, LADDER, Item, step_time
 from lowmem_compile.planner.choose import relative_errors
@@ -60,23 +59,13 @@ def _row(planner: Planner, item: Item, decision: str, error: float, saved: fx.No
 
 
 def default_decisions(planner: Planner) -> dict[str, str]:
-    """What is done without a budget, as far as the planner's choices go: ``options["codec"]`` where the item allows it.
-
-    Gradients that were made with the loss come last, as ``encode_gradient`` does: where that does not raise the peak.
-    """
+    """What is done without a budget, as far as the planner's choices go: ``options["codec"]`` where the item allows it."""
     named = planner.ctx.options.codec
     found: dict[str, str] = {}
     for item in planner.items:
         wanted = ("int10" if item.kind in ("score", "difference") else "int8") if named == "auto" else named
-        allowed = item.kind != "exact" and wanted in {c.name for c in item.choices}
+        allowed = item.kind in ("ordinary", "score", "difference") and wanted in {c.name for c in item.choices}
         found[item.root] = wanted if allowed and wanted in LADDER else "exact"
-    for item in planner.items:
-        if item.kind == "gradient" and found[item.root] != "exact":
-            codec = found[item.root]
-            program = planner.applied({**found, item.root: "exact"})
-            crossing = next(c for c in program.crossings if c.root == item.root)
-            without, with_codes = peaks(program, crossing, item.choice(codec).nbytes)
-            found[item.root] = codec if with_codes <= RISE * without else "exact"
     return found
 
 

@@ -47,10 +47,7 @@ class Kernel:
     """Made and read inside only: never allocated."""
 
     def may_overwrite(self, name: str) -> list[str]:
-        """Inputs that what makes ``name`` may write into: no other loop of this kernel reads them, or it writes rows of them."""
-        made = next((op for op in self.makes if op.name == name), None)
-        if made is not None and made.role == "scatter" and made.target.endswith("index_put"):
-            return list(made.reads[:1])
+        """Inputs that what makes ``name`` may write into: no other loop of this kernel reads them."""
         sources = next((reads for reads, makes in self.loops if name in makes), frozenset())
         return [r for r in sorted(sources) if sum(r in reads for reads, _ in self.loops) == 1]
 
@@ -104,7 +101,7 @@ def realised(ops: Sequence[Op], outputs: frozenset[str]) -> list[Kernel]:
         elif op.role == "pointwise":
             lowering.inline(op, index)
             several = len(readers[op.name]) > 1
-            if op.name in outputs or op.target == "in_memory" or lowering.wants_buffer(op, several=several):
+            if op.name in outputs or lowering.wants_buffer(op, several=several):
                 lowering.realise(op.name)
         else:
             if op.role != "reduction":

@@ -4,14 +4,14 @@ Which choices meet a cap is solved in :mod:`lowmem_compile.planner.choose`. Fewe
 plans for smaller and smaller caps are simulated (:mod:`lowmem_compile.planner.timeline`):
 
 - a share B of Inductor's bytes: the plan of the largest cap ≤ B whose simulated peak is not above that of any larger cap (3 %,
-  less than the simulation's error, count as nothing), so that the peak is monotone in the budget, or one of a cap in between that
-  loses less, a peak of up to 5 % more weighed in; where there is none, the plan that loses least, a higher peak weighed in;
+  less than the simulation's error, count as nothing), so that the peak is monotone in the budget; where there is none, the plan
+  that loses least, a higher peak weighed in;
 - a peak in bytes: the plan of the largest cap whose simulated peak is below it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lowmem_compile.contract import Context
@@ -30,10 +30,6 @@ RUNGS = (1.0, 0.8, 0.65, 0.55, 0.48, 0.42, 0.37, 0.33, 0.29, 0.26, 0.23, 0.2, 0.
 """Caps that are tried, as shares of what Inductor saves."""
 SLACK = 1.03
 """Two simulated peaks closer than this are taken as equal."""
-MOST = 1.05
-"""Up to here a peak is weighed against error and time: what a simulation may be off."""
-FEWER_BITS = ("int7", "int6")
-"""For gradients, where a plan with 8 bits peaks too high."""
 SMALLEST_GRAPH = 1 << 18
 """Graphs for which Inductor saves fewer bytes have no budget of their own: the small graphs around a graph break."""
 
@@ -84,32 +80,14 @@ class Planner:
         self.items = items_of(partition.forward.graph, ctx, self.program, self.measured)
         self.step = max(step_time(self.program, BALANCE.get(ctx.device, BALANCE["cpu"])), 1.0)
         self.ctx = ctx
-        self._solved: dict[tuple[int, str], Plan | None] = {}
+        self._solved: dict[int, Plan | None] = {}
 
-    def solve(self, cap: int, gradients: str = "exact") -> Plan | None:
-        """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none; solved once a cap.
-
-        Args:
-            cap: bytes.
-            gradients: gradients that the forward pass made take no more bytes than as this.
-        """
-        if (cap, gradients) not in self._solved:
-            items = [_within(item, gradients) if item.kind == "gradient" else item for item in self.items]
-            decisions = choose(items, self.step, cap)
-            self._solved[cap, gradients] = None if decisions is None else self.plan_of(decisions)
-        return self._solved[cap, gradients]
-
-    def tried(self, cap: int) -> Iterator[Plan]:
-        """The plan for a cap, and where it encodes gradients, which lie beside their codes at the end, those with fewer bits."""
-        plan = self.solve(cap)
-        if plan is None:
-            return
-        yield plan
-        used = {plan.decision(item.root) for item in self.items if item.kind == "gradient"} - {"exact", "recompute"}
-        for gradients in FEWER_BITS if used else ():
-            fewer = self.solve(cap, gradients)
-            if fewer is not None and fewer.decisions != plan.decisions:
-                yield fewer
+    def solve(self, cap: int) -> Plan | None:
+        """The plan of least error and time that keeps at most ``cap`` bytes, or ``None`` if there is none; solved once a cap."""
+        if cap not in self._solved:
+            decisions = choose(self.items, self.step, cap)
+            self._solved[cap] = None if decisions is None else self.plan_of(decisions)
+        return self._solved[cap]
 
     def plan_of(self, decisions: dict[str, str]) -> Plan:
         """The plan with these decisions, one for every item."""
@@ -184,17 +162,13 @@ class Planner:
             plan = self.solve(cap)
             if plan is None:
                 break
+            if budget.peak is not None and plan.peak + off <= budget.peak:
+                return plan
             lowest = plan.peak if lowest is None else min(lowest, plan.peak)
-            if budget.share is not None and cap > wanted:
-                continue
-            for trial in self.tried(cap):
-                if budget.peak is not None and trial.peak + off <= budget.peak:
-                    return trial
-                lowest = min(lowest, trial.peak)
-                if budget.share is not None and (best is None or trial.worse(lowest) < best.worse(lowest)):
-                    best = trial
-                if budget.share is not None and trial.peak <= SLACK * lowest and best is not None:
-                    return trial if best.peak > MOST * lowest else best
+            if budget.share is not None and cap <= wanted:
+                if plan.peak <= SLACK * lowest:
+                    return plan
+                best = plan if best is None or plan.worse(lowest) < best.worse(lowest) else best
         if best is not None:
             return best
         smallest = choose(self.items, self.step, None)
@@ -213,12 +187,6 @@ class Planner:
             f"{_mib(reached)} (Inductor: {_mib(room)}), beyond parameters, buffers, inputs and optimizer state. "
             "Ask for more, or take a smaller batch."
         )
-
-
-def _within(item: Item, largest: str) -> Item:
-    """The item with the choices that take no more bytes than ``largest``."""
-    most = next((c.nbytes for c in item.choices if c.name == largest), None)
-    return item if most is None else replace(item, choices=tuple(c for c in item.choices if c.nbytes <= most))
 
 
 def _recomputed(program: Program, item: Item) -> Program:

@@ -107,8 +107,8 @@ REASONS: Final[Mapping[str, Reason]] = {
     ),
     "LM215": Reason(
         "A gradient already",
-        "The tensor was computed with the loss and becomes the gradient of a weight, beside which its codes would lie at the end "
-        "of the backward pass, and that would be the highest moment of the step.",
+        "The tensor was computed with the loss and becomes the gradient of a weight, so it is as large again as soon as the "
+        "backward pass begins; codes in between would add a copy.",
         "",
     ),
     "LM216": Reason(
@@ -255,11 +255,6 @@ REWRITES: Final[Mapping[str, Reason]] = {
     "encode_saved": Reason(
         "Kept as integer codes",
         "The tensor is kept as codes of a few bits with a scale for each group of elements, and decoded where backward reads it.",
-        "",
-    ),
-    "encode_gradient": Reason(
-        "Gradient kept as integer codes",
-        "The gradient of a weight, computed with the loss, is kept as codes of a few bits until the backward pass hands it on.",
         "",
     ),
     "unfold_patches": Reason(

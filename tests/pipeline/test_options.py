@@ -168,7 +168,6 @@ def test_the_order_of_the_passes() -> None:
         "pack_masks",
         "narrow_integers",
         "encode_saved",
-        "encode_gradient",
         "compute_once",
         "launch_together",
         "flatten_saved_inputs",
