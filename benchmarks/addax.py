@@ -13,7 +13,7 @@ Data, with lengths as they are (no cutting to one length; a batch is padded to i
 
 AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the
 shorter ones first-order; the threshold is the greatest at which its step needs no more than ``--within`` times MeZO's memory
-(measured in the allocator, on the longest examples that are short, parameters included as in the paper), or the length at a
+(measured in the allocator, on the longest examples that are short, parameters included), or the length at a
 given share of the examples (``--short``). Columns: accuracy on held-out examples, the mean of the last ``--final`` evaluations
 (one alone is several points off); steps; seconds of all steps (no evaluation, no compilation of the first step); the
 allocator's peak in one step on the longest batch that the method can draw, above what was there before (parameters, inputs,
