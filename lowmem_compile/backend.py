@@ -34,7 +34,7 @@ from lowmem_compile._torch import (
 from lowmem_compile.autocast import ambient_autocast, autocast_dtypes
 from lowmem_compile.contract import Context, Stage
 from lowmem_compile.errors import OptionError
-from lowmem_compile.fusing import SCHEDULER_PASS, shares_launches
+from lowmem_compile.fusing import SCHEDULER_PASS, settings_for_codes, shares_launches
 from lowmem_compile.generation import cheaply
 from lowmem_compile.graph import placeholders
 from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, with_claims
@@ -165,7 +165,7 @@ def compile_graph(
     keep_in_memory(torch.ops.lowmem.in_memory.default)
     join_in_place(torch.ops.lowmem.behind.default)
     partitioner = Partitioner(settings, target, entry, watch, args if settings.calibrate else (), updates)
-    patches = {**patches, "custom_partitioner_fn": partitioner}
+    patches = {**settings_for_codes(target), **patches, "custom_partitioner_fn": partitioner}
     if shares_launches(settings, target):
         patches = {**SHARED_CONFIG, **patches, SCHEDULER_PASS: ShareLaunches(partitioner.uuid())}
     more: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from lowmem_compile._torch import OpOverload, inductor_config, op_types, uses_templates
+from lowmem_compile._torch import MIXED_READS, OpOverload, inductor_config, mixed_reads_limit, op_types, uses_templates
 from lowmem_compile.graph import VIEW_OPS, numel, storage_root, tensor_value
 from lowmem_compile.options import Options
 
@@ -57,6 +57,17 @@ def shares_launches(options: Options, device: str) -> bool:
     """Whether :mod:`lowmem_compile.launches` runs: on a GPU, unless the options or a scheduler pass of the user forbid it."""
     taken = options.inductor.get(SCHEDULER_PASS) or inductor_config._post_fusion_custom_pass
     return options.launches == "shared" and runs_triton(device) and (taken is None or type(taken).__name__ == "ShareLaunches")
+
+
+def settings_for_codes(device: str) -> dict[str, int]:
+    """Inductor's configuration for graphs with codes.
+
+    It sums a norm's rows and columns, and computes the norm's gradient, in one kernel that reads at most ten tensors, so that
+    registers suffice. A code is two tensors, or three, of fewer bytes together than the one in whose place it is: three more may
+    be read. Without them the gradient has a kernel of its own, which reads everything again.
+    """
+    limit = mixed_reads_limit()
+    return {MIXED_READS: limit + 3} if limit and runs_triton(device) else {}
 
 
 def encode_is_fused(node: fx.Node, bits: int) -> bool:

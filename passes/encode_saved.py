@@ -232,6 +232,8 @@ def may_share(value: torch.Tensor, ctx: Context) -> bool:
 def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:
     """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles.
 
+    Codes that lie in runs are never decoded by Inductor alone: it would take a kernel for the elements and one for their order.
+
     On a CPU codes that lie in runs are decoded in loops of their own for library calls and for what sums rows: a sum over such a
     row, written as one loop, is computed element by element (a norm's backward takes ten times as long).
     """
@@ -244,7 +246,7 @@ def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Conte
         return "fused"
     if decode_is_prologue(placeholder, codec.bits):
         return "in prologue"
-    return "shared" if may_share(value, ctx) else "own"
+    return "shared" if codec.runs == 1 and may_share(value, ctx) else "own"
 
 
 def coder(

@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 
-from lowmem_compile.fusing import SCHEDULER_PASS, shares_launches
+from lowmem_compile._torch import MIXED_READS, inductor_config
+from lowmem_compile.fusing import SCHEDULER_PASS, settings_for_codes, shares_launches
 from lowmem_compile.kernels.group_codes import behind, codec_named, encode_runs, in_memory
 from lowmem_compile.launches import MOST, ShareLaunches, Unit, is_ordered, peak, shared
 from lowmem_compile.options import Options
@@ -129,3 +130,14 @@ def test_opcheck() -> None:
     x = torch.randn(3, 4)
     torch.library.opcheck(in_memory, (x,))
     torch.library.opcheck(behind, ([x[:, None], x[:, None]],))
+
+
+def test_codes_count_as_one_tensor_in_a_norm_s_gradient() -> None:
+    """On a GPU its kernel may read three tensors more than Inductor allows; no limit stays none, and a CPU has no such kernel."""
+    assert settings_for_codes("cpu") == {}
+    if not settings_for_codes("cuda"):
+        pytest.skip("no Triton")
+    with inductor_config.patch({MIXED_READS: 10}):
+        assert settings_for_codes("cuda") == {MIXED_READS: 13}
+    with inductor_config.patch({MIXED_READS: 0}):
+        assert settings_for_codes("cuda") == {}
