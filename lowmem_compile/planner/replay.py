@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
             setattr(tensor, BLOCK, _Block(self.ledger, nbytes(tensor)) if source is None else getattr(source, BLOCK, None))
             given.setdefault(storage_key(tensor), tensor)
         if made and func is not torch.ops.aten.empty_strided.default:
-            self.ledger.point(func._schema.name.split("::")[-1], call_scratch(func, args))
+            self.ledger.point(func._schema.name.split("::")[-1], call_scratch(func, args, kwargs))
         return result
 
 

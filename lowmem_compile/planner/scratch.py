@@ -5,12 +5,14 @@ convolutions, for which oneDNN chooses an algorithm by shape and dtype (a bf16 p
 result of 0.8 MB). No formula gives the latter, so each convolution is run twice on zeros of its shapes, the second time under
 PyTorch's profiler: the highest sum of the blocks of the allocator, less the result. Convolutions of more than ``LARGEST`` bytes,
 on other devices, of dynamic size, or first met while a profiler of the user's runs, count as taking none.
+
+Attention on a CPU takes a block of scores for each thread, whatever the batch and the heads: it is tried on one head.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,10 @@ LARGEST = 1 << 28
 SCATTER_ROWS = "lowmem.scatter_rows.default"
 INDEX = torch.int64.itemsize
 CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+ATTENTION = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
 
 
 def scratch_bytes(node: fx.Node) -> int:
@@ -38,11 +44,16 @@ def scratch_bytes(node: fx.Node) -> int:
         return INDEX * concrete(tensor_value(node.all_input_nodes[1]).shape[0])
     if node.target in CONVOLUTIONS:
         return _of_convolution(node)
+    if node.target in ATTENTION:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), tensor_value)
+        return _of_attention(node.target, args, kwargs)
     return 0
 
 
-def call_scratch(target: Any, args: Sequence[Any]) -> int:
+def call_scratch(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> int:
     """The same for a call with tensors, such as fake ones, in place of nodes."""
+    if target in ATTENTION:
+        return _of_attention(target, args, kwargs or {})
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if str(target) == "lowmem.linear_cross_entropy.default":
         return _chunks(tensors[0], tensors[1])
@@ -74,6 +85,26 @@ def _of_convolution(node: fx.Node) -> int:
     return _measured(node.target, tuple(given))
 
 
+def _of_attention(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Of one head: every tensor with 1 in the place of its first two dimensions, but for a mask of two.
+
+    The backward pass copies the gradient [B, H, S, D] where it does not lie as [B, S, H, D].
+    """
+    if not all(isinstance(n, int) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) for n in a.shape):
+        return 0
+
+    def of_one_head(argument: Any) -> Any:
+        if not isinstance(argument, torch.Tensor):
+            return _argument(argument)
+        shape = argument.shape if argument.dim() < 3 else (1, 1, *argument.shape[2:])
+        return _argument(torch.empty(shape, dtype=argument.dtype, device="meta"))
+
+    given = {name: of_one_head(value) for name, value in kwargs.items()}
+    grad = args[0]
+    copied = int(grad.numel() * grad.element_size()) if target is ATTENTION[1] and not grad.transpose(1, 2).is_contiguous() else 0
+    return copied + _measured(target, tuple(map(of_one_head, args)), tuple(given.items()))
+
+
 def _signature(argument: Any) -> Any:
     if not isinstance(argument, fx.Node):
         return _argument(argument)
@@ -88,23 +119,24 @@ def _argument(argument: Any) -> Any:
     return tuple(argument) if isinstance(argument, list) else argument
 
 
-_MEASURED: dict[tuple[Any, tuple[Any, ...]], int] = {}
+Call = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]
+_MEASURED: dict[Call, int] = {}
 
 
-def _measured(target: Any, given: tuple[Any, ...]) -> int:
+def _measured(target: Any, given: tuple[Any, ...], named: tuple[tuple[str, Any], ...] = ()) -> int:
     """What one call on zeros of these layouts takes beyond its results; 0 where a profiler of the user's keeps us from trying."""
-    if (target, given) not in _MEASURED:
+    if (target, given, named) not in _MEASURED:
         if profiler_is_on():
             return 0
-        _MEASURED[target, given] = _measure(target, given)
-    return _MEASURED[target, given]
+        _MEASURED[target, given, named] = _measure(target, given, named)
+    return _MEASURED[target, given, named]
 
 
-def _measure(target: Any, given: tuple[Any, ...]) -> int:
+def _measure(target: Any, given: tuple[Any, ...], named: tuple[tuple[str, Any], ...]) -> int:
     with unset_fake_temporarily(), torch.no_grad():
-        args = [_zeros(a) for a in given]
-        target(*args)  # the first call of a shape also builds its kernels
-        found = peak_bytes(lambda: target(*args), lambda _: None)
+        args, kwargs = [_zeros(a) for a in given], {name: _zeros(a) for name, a in named}
+        target(*args, **kwargs)  # the first call of a shape also builds its kernels
+        found = peak_bytes(lambda: target(*args, **kwargs), lambda _: None)
     log.info("%s on %s takes %d bytes of scratch memory", target, given, found.peak - found.end)
     return found.peak - found.end
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lowmem_compile.demo.measure import peak_bytes
 from lowmem_compile.planner.kernels import Kernel, kernels_of, realised
 from lowmem_compile.planner.program import Op, ops_of
-from lowmem_compile.planner.scratch import scratch_bytes
+from lowmem_compile.planner.scratch import ATTENTION, scratch_bytes
 
 aten = torch.ops.aten
 
@@ -69,3 +71,27 @@ def test_scratch_of_a_chunked_loss_is_one_chunk_of_logits() -> None:
     graph = traced(lambda h, w, t: torch.ops.lowmem.linear_cross_entropy(h, w, None, t, -100, 0.0, True)[0], h, weight, target)
     (node,) = graph.find_nodes(op="call_function", target=torch.ops.lowmem.linear_cross_entropy.default)
     assert scratch_bytes(node) == 64 * 1000 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_scratch_of_attention_is_that_of_one_head(dtype: torch.dtype, turned: bool) -> None:
+    """A block of scores for each thread, whatever the batch and the heads, and a copy of a gradient that lies otherwise."""
+    forward, backward = ATTENTION
+    q, g = torch.randn(3, 5, 64, 16, dtype=dtype), torch.randn(3, 64, 5, 16, dtype=dtype).transpose(1, 2)
+    g = g.contiguous() if turned else g
+    out, statistic = forward(q, q, q, 0.0, True, scale=0.5)
+
+    def gradients(g: Tensor, q: Tensor, out: Tensor, statistic: Tensor) -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = backward(g, q, q, q, out, statistic, 0.0, True, scale=0.5)
+        return made
+
+    (node,) = traced(gradients, g, q, out, statistic).find_nodes(op="call_function", target=backward)
+    kept: list[tuple[Tensor, ...]] = []
+
+    def once() -> Tensor:
+        kept.append(gradients(g, q, out, statistic))
+        return q
+
+    found = peak_bytes(once, lambda _: None)
+    assert scratch_bytes(node) == found.peak - found.end > 0
