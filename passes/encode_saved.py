@@ -56,6 +56,8 @@ from lowmem_compile.launches import SHARED
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
+WORTH_A_LAUNCH = 1 << 20
+"""Bytes; an H100 moves fewer in less time than a launch takes."""
 Encoding = Literal["fused", "in loops", "own", "shared"]
 Decoding = Literal["fused", "in loops", "own", "shared", "in prologue"]
 Traces = dict[tuple[str, Any], fx.GraphModule]
@@ -232,7 +234,7 @@ def may_share(value: torch.Tensor, ctx: Context) -> bool:
 def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Context) -> Decoding:
     """What decodes a tensor: the kernel that reads it, our kernel, or the matrix product that reads it as it loads its tiles.
 
-    Codes that lie in runs are never decoded by Inductor alone: it would take a kernel for the elements and one for their order.
+    Codes that lie in runs Inductor decodes in a kernel for the elements and one for their order: only what is small.
 
     On a CPU codes that lie in runs are decoded in loops of their own for library calls and for what sums rows: a sum over such a
     row, written as one loop, is computed element by element (a norm's backward takes ten times as long).
@@ -246,7 +248,9 @@ def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Conte
         return "fused"
     if decode_is_prologue(placeholder, codec.bits):
         return "in prologue"
-    return "shared" if codec.runs == 1 and may_share(value, ctx) else "own"
+    if not may_share(value, ctx):
+        return "own"
+    return "shared" if codec.runs == 1 or value.numel() * value.element_size() < WORTH_A_LAUNCH else "own"
 
 
 def coder(

@@ -66,7 +66,7 @@ def test_default_options(worker: Worker, kind: str, layers: int) -> None:
     ("kind", "layers"), [("llama", 1), *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("vit", "llama", "bert"))]
 )
 def test_shared_launches(worker: Worker, kind: str, layers: int) -> None:
-    """Codes made by kernels that share launches: the same results; of our kernels only the one that decodes for attention."""
+    """Codes made and read by kernels that share launches: the same results, no kernel of ours, and fewer launches."""
     net, x = model(kind, layers), example()
     want = step(net, net, x)
     worker.launches.clear()
@@ -76,9 +76,8 @@ def test_shared_launches(worker: Worker, kind: str, layers: int) -> None:
     assert max(found.values()) < 0.03
     kernels = [k for code in generated.codes for k in code.launches]
     assert [launch.kernel for launch in worker.launches] == kernels
-    assert "encode_many_kernel" not in kernels
-    assert layers <= kernels.count("decode_many_kernel") <= layers + 1
-    assert "SequentialFlattenComboKernelGrid" in generated.code("forward").source
+    assert not {"encode_many_kernel", "decode_many_kernel"} & set(kernels)
+    assert all("SequentialFlattenComboKernelGrid" in code.source for code in generated.codes)
     counted, ran = sum(moved(code.steps) for code in generated.codes), sum(launch.moved for launch in worker.launches)
     assert ran == pytest.approx(counted, rel=0.02)
 
