@@ -1,6 +1,7 @@
 """Pre-train a LLaMA from scratch with LoQT and with AdamW, on the same text, and compare held-out losses.
 
     python benchmarks/loqt.py                                  # 60M shape, 1000 steps: hours on a CPU
+    python benchmarks/loqt.py --lr 0.0025,0.00025 --rows 4 --length 128     # with rates that suit short runs
     python benchmarks/loqt.py --shape small                    # half of its width and depth: minutes
     python benchmarks/loqt.py --shape small --steps 200 --methods loqt,galore,adamw
     python benchmarks/loqt.py --shape small --peaks            # memory of one step, in seconds
@@ -243,7 +244,9 @@ def main(
     length: int = 256,
     methods: Annotated[str, typer.Option(help="of loqt, galore, adamw")] = "loqt,adamw",
     rank: Annotated[int | None, typer.Option(help="a quarter of the width by default")] = None,
-    lr: Annotated[float | None, typer.Option(help="peak learning rate of all methods instead of the published ones")] = None,
+    lr: Annotated[
+        str | None, typer.Option(help="peak learning rates, one or one a method, instead of the published ones")
+    ] = None,
     compensation: int = 5,
     bits: Annotated[int | None, typer.Option(help="8: moments in 8 bits")] = None,
     quantise: bool = True,
@@ -262,11 +265,13 @@ def main(
     if shape not in SHAPES:
         raise typer.BadParameter(f"shape {shape!r}: there are {', '.join(SHAPES)}.")
     width = SHAPES[shape]["hidden_size"]
+    given = [float(rate) for rate in lr.split(",")] if lr else [PEAK_LR[name] for name in names]
+    rates = given * len(names) if len(given) == 1 else given
+    if len(rates) != len(names):
+        raise typer.BadParameter(f"--lr {lr}: {len(rates)} learning rates for {len(names)} methods; give one, or one a method.")
     plans = [
-        Plan(
-            name, shape, steps, rows, length, lr or PEAK_LR[name], rank or width // 4, compensation, bits, quantise, seed, backend
-        )
-        for name in names
+        Plan(name, shape, steps, rows, length, rate, rank or width // 4, compensation, bits, quantise, seed, backend)
+        for name, rate in zip(names, rates, strict=True)
     ]
     if peaks:
         print_peaks(plans)
@@ -275,13 +280,13 @@ def main(
     made = [run(plan, output, save_every, evaluate_every) for plan in plans]
     base = next((r["held_out"] for r in made if r["method"] == "adamw"), None)
     table = Table(title=f"LLaMA {shape}, {steps} steps of {rows} x {length} bytes, rank {rank or width // 4}")
-    for head in ("method", "held-out loss", "against AdamW", "weights", "gradients", "state", "s/step", "merges"):
+    for head in ("method", "lr", "held-out loss", "against AdamW", "weights", "gradients", "state", "s/step", "merges"):
         table.add_column(head)
     for r in made:
         change = "" if base is None else f"{100 * (r['held_out'] / base - 1):+.2f} %"
         sizes = [format_bytes(r[key]) for key in ("weights", "gradients", "state")]
         seconds = f"{r['seconds'] / r['steps']:.2f}"
-        table.add_row(r["method"], f"{r['held_out']:.4f}", change, *sizes, seconds, str(r.get("merges", "")))
+        table.add_row(r["method"], f"{r['lr']:g}", f"{r['held_out']:.4f}", change, *sizes, seconds, str(r.get("merges", "")))
     Console(width=130).print(table)
 
 
