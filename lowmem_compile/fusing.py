@@ -60,7 +60,7 @@ def shares_launches(options: Options, device: str) -> bool:
 
 
 def settings_for_codes(device: str) -> dict[str, int]:
-    """Inductor's configuration for graphs with codes.
+    """Inductor's configuration for graphs in which a norm's backward reads codes; it holds without codes too.
 
     It sums a norm's rows and columns, and computes the norm's gradient, in one kernel that reads at most ten tensors, so that
     registers suffice. A code is two tensors, or three, of fewer bytes together than the one in whose place it is: three more may
