@@ -47,7 +47,7 @@ class Options:
             saved bytes, ``"always"`` wherever it is legal, ``"never"``.
         chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
         codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; ``"int10"`` for queries,
-            keys, values and outputs of a fused attention), ``"none"``,
+            keys, values and outputs that a library's backward pass of attention reads), ``"none"``,
             ``"bf16"``, ``"int10"`` to ``"int3"``, group-wise codes of so many bits, or ``"fp8"``, group-wise ``float8_e4m3fn``.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).

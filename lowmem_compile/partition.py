@@ -273,10 +273,11 @@ def _classes_that_do_not_pay(
 ) -> set[str]:
     """Leave out in turn all sites of a pass, and a class without which no more bytes are saved is dropped.
 
+    Rewrites that are to free no tensor (their passes are after something else) stay.
     A pass whose sites together save what their formulas promise is kept whole; of another, each class of alike sites is left
     out in turn.
     """
-    left = [r for r in rewritten if r.site not in skip]
+    left = [r for r in rewritten if r.displaced and r.site not in skip]
     dropped: set[str] = set()
     if not left:
         return dropped

@@ -18,6 +18,7 @@ from lowmem_compile.errors import PassError
 from lowmem_compile.graph import module_path, nbytes, source_line
 from lowmem_compile.passes.accumulate_sums import AccumulateSums
 from lowmem_compile.passes.approximate_activation import ApproximateActivation
+from lowmem_compile.passes.attention_backward import AttentionBackward
 from lowmem_compile.passes.chunk_loss import ChunkLoss
 from lowmem_compile.passes.compute_once import ComputeOnce
 from lowmem_compile.passes.embedding_gradient import EmbeddingGradient
@@ -47,6 +48,7 @@ PASSES: tuple[Pass, ...] = (
     UnfoldPatches(),
     ChunkLoss(),
     ProjectionTaps(),  # last of its stage: a head that the chunked loss takes is not tapped
+    AttentionBackward(),
     NormFromOutput(),  # before the activations: its clones of forward nodes must not contain their codes
     ApproximateActivation(),
     AccumulateSums(),  # before update_in_backward: what it updates with is the whole sum

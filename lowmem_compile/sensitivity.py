@@ -10,32 +10,40 @@ products with other tensors). Where they end in
 the error is amplified. A query or a key of a fused attention is read through the exponential of their product: an error of
 relative size e becomes one of e·|score|. Its value and output enter dS = P∘(dP − δ), dP = dO vᵀ, δ = rowsum(dO∘O): where
 attention is sharp dP − δ is a small difference of large numbers, whose errors are independent. All four take ten bits unless
-a codec is asked for by name. Products of the tensor with
-itself, sigmoid, tanh, erf and matrix products bound or average it.
+a codec is asked for by name. ``lowmem::attention_backward`` makes P and δ of the same Q, K and V that it reads, so that rows of
+P sum to one and rows of dS to zero whatever their error; there eight bits do. Products of the tensor with itself, sigmoid, tanh,
+erf and matrix products bound or average it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import fx
 
 from lowmem_compile._torch import OpOverload, op_types
 from lowmem_compile.graph import VIEW_OPS, numel
+from lowmem_compile.kernels.attention_backward import attention_backward
 from lowmem_compile.kernels.group_codes import in_memory
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 IN_MEMORY = in_memory._opoverload
+ATTENTION_BACKWARD = attention_backward._opoverload
+
+
+Kind = Literal["plain", "attended", "difference", "compared with zero", "score", "amplified"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""From the least demanding to the most."""
 
 
 @dataclass(frozen=True)
 class Use:
     """How a tensor is read; ``through`` names the operation that decided."""
 
-    kind: Literal["plain", "compared with zero", "difference", "score", "amplified"]
+    kind: Kind
     through: str = ""
 
 
@@ -113,12 +121,10 @@ def use_of(placeholder: fx.Node) -> Use:
             use = _read(user, node)
             if use.kind == "amplified":
                 return use
-            if use.kind == "score" or (use.kind == "difference" and worst.kind == "plain"):
-                worst = use
+            worst = max(worst, use, key=lambda u: KINDS.index(u.kind))
             if use.kind == "compared with zero":
                 if node is not placeholder and not _keeps_sign(node, placeholder):
                     return Use("amplified", use.through)
-                worst = use
             elif user not in seen and _passes_on(user, node):
                 seen.add(user)
                 work.append(user)
@@ -161,6 +167,8 @@ def _read(user: fx.Node, node: fx.Node) -> Use:
     if isinstance(user.target, OpOverload) and "attention" in name and "backward" in name:
         names = [a.name for a in user.target._schema.arguments]
         read = {n for n, value in zip(names, user.args, strict=False) if value is node}
+        if user.target is ATTENTION_BACKWARD:
+            return Use("attended" if read & {"query", "key"} else "plain", name)
         if read & {"query", "key"}:
             return Use("score", name)
         return Use("difference" if read & {"value", "out"} else "plain", name)

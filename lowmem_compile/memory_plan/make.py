@@ -268,9 +268,11 @@ class _Fits:
 
 
 def _notes(request: Request, tracer: _Tracer) -> list[str]:
-    where = "one launch a kernel, as on a GPU" if request.setting.device == "cuda" else "Inductor's calls on a CPU"
+    gpu = request.setting.device == "cuda"
+    where = "one launch a kernel, as on a GPU" if gpu else "Inductor's calls on a CPU"
+    attention = ": fused attention is the CPU's, which keeps output and logsumexp as a GPU's does" if gpu else ""
     notes = [
-        f"Graphs are traced for a CPU: fused attention is the CPU's, which keeps output and logsumexp. Buffers: {where}.",
+        f"Graphs are traced for a CPU{attention}. Buffers: {where}.",
         "Not counted: fragmentation, library workspaces, the driver's context"
         + (f"; {format_bytes(request.reserve)} of the card are set aside for them." if request.card else "."),
         "Eager's peak is coarse: saved bytes and gradients, and two gradients of each operation's output.",

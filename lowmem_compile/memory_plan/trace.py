@@ -20,6 +20,7 @@ from lowmem_compile.errors import BudgetError, LowMemError
 from lowmem_compile.memory_plan.fixed import in_dtype
 from lowmem_compile.memory_plan.subject import Made
 from lowmem_compile.partition import Candidates, after_saved_stage, planner_of, stock_of
+from lowmem_compile.passes.attention_backward import AttentionBackward
 from lowmem_compile.pipeline import Recorder
 from lowmem_compile.planner.budget import Budget
 from lowmem_compile.planner.program import program_of
@@ -117,7 +118,7 @@ def trace(made: Made, setting: Setting) -> Trace:
     registry.ENTRIES.clear()
     try:
         with mode, torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "autocast"):
-            dry_run(_loss_alone(model) if setting.loss_only else model, args, kwargs, dict(setting.options), observe)
+            dry_run(_loss_alone(model) if setting.loss_only else model, args, kwargs, options_of(setting), observe)
     finally:
         registry.ENTRIES[:] = before
     if not found:
@@ -128,6 +129,14 @@ def trace(made: Made, setting: Setting) -> Trace:
     names = [n for n in found[0][0] if n not in refused]
     runs = {n: joined([graph[n] for graph, _ in found if n in graph]) for n in names}
     return Trace(runs, refused, len(found), time.perf_counter() - start)
+
+
+def options_of(setting: Setting) -> dict[str, Any]:
+    """The backend's options: for a GPU without what the CPU's attention alone gets."""
+    options = dict(setting.options)
+    if setting.device != "cpu":
+        options["disable"] = (*options.get("disable", ()), AttentionBackward.name)
+    return options
 
 
 def runs_of(entry: Entry, candidates: Candidates, setting: Setting) -> tuple[dict[str, Run], dict[str, str]]:

@@ -6,6 +6,7 @@ independent, so squares add: E² = Σ s²e². Without a measurement s² is a pri
     ordinary        Σ s² = 4      (MiniLM, SmolLM2, ViT: int8 in all of them, e = 0.6 %, gives E = 1.2 to 1.4 %)
     query, key      Σ s² = 40     (from 4 in MiniLM to 130 in DINOv2, whose scores are large)
     value, output   Σ s² = 12     (of attention; 34 in DINOv2, where attention is sharp, an ordinary tensor's share in MiniLM)
+    attended        Σ s² = 8      (query and key of ``lowmem::attention_backward``: 8 in MiniLM, 5 in DINOv2)
     gradient        s² = 1        (of a weight, computed with the loss: its error is the gradient's)
 
 e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own, but
@@ -38,8 +39,8 @@ from lowmem_compile.rematerialise import Recipe, recipe_of
 from lowmem_compile.sensitivity import becomes_gradient
 
 LADDER: tuple[CodecName, ...] = ("bf16", "int10", "int8", "int7", "int6", "int5", "int4")
-ORDINARY, SCORED, ATTENDED = 4.0, 40.0, 12.0
-"""Prior Σ s² of ordinary saved tensors, of queries and keys, and of values and outputs of attention."""
+GAINS = {"ordinary": 4.0, "score": 40.0, "difference": 12.0, "attended": 8.0}
+"""Prior Σ s² of saved tensors, by kind."""
 BALANCE = {"cpu": 30.0, "cuda": 300.0}
 """Operations a device does in the time it moves a byte."""
 EFFORT = {"int10": 3.0, "int8": 0.5, "int7": 4.0, "int6": 3.0, "int5": 4.0, "int4": 1.0, "bf16": 0.0}
@@ -80,8 +81,8 @@ class Item:
     """Roots of saved tensors that its recipe reads: they have to be kept if it is computed again."""
     recipe: Recipe | None = None
     kind: str = "ordinary"
-    """``"ordinary"``, ``"score"`` (query or key), ``"difference"`` (value or output of attention), ``"gradient"`` (of a weight,
-    made with the loss), or ``"exact"``."""
+    """``"ordinary"``, ``"score"`` (query or key), ``"difference"`` (value or output of attention), ``"attended"`` (query or key
+    of our own backward pass), ``"gradient"`` (of a weight, made with the loss), or ``"exact"``."""
 
     def choice(self, name: str) -> Choice:
         """The choice of that name."""
@@ -101,7 +102,7 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[
     crossing = crossing_nodes(ctx)
     matches = {m.node: m for m in encode.find(graph, ctx)}
     kinds = {root: _kind(matches.get(root), ctx) for root in crossing}
-    counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in ("ordinary", "score", "difference", "gradient")}
+    counts = {kind: max(sum(k == kind for k in kinds.values()), 1) for kind in (*GAINS, "gradient")}
     ops = {op.name: op for op in program.forward}
     balance = BALANCE.get(ctx.device, BALANCE["cpu"])
     items = []
@@ -109,7 +110,7 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[
         choices = [Choice("exact", exact_bytes(graph, ctx, saved))]
         gain2 = 0.0
         if kinds[root] != "exact":
-            sums = {"ordinary": ORDINARY, "score": SCORED, "difference": ATTENDED, "gradient": counts["gradient"]}
+            sums = {**GAINS, "gradient": counts["gradient"]}
             found = (measured or {}).get(root.name)
             gain2 = sums[kinds[root]] / counts[kinds[root]] if found is None else found.gain**2
             extra = COPY if kinds[root] == "gradient" else 0.0
@@ -130,7 +131,7 @@ def _kind(match: Match | None, ctx: Context) -> str:
     if all(becomes_gradient(ctx.facts["placeholder_of"][n]) for n in match.info.saved):
         return "gradient"
     kinds = {u.kind for u in match.info.uses}
-    return "score" if "score" in kinds else "difference" if "difference" in kinds else "ordinary"
+    return next((kind for kind in ("score", "difference", "attended") if kind in kinds), "ordinary")
 
 
 def encodable(graph: fx.Graph, ctx: Context) -> list[Match]:

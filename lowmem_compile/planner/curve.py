@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lowmem_compile.errors import BudgetError
 from lowmem_compile.graph import module_path, shape_names, source_line, storage_root, tensor_value
 from lowmem_compile.planner.budget import Budget
-from lowmem_compile.planner.choices import BALANCE, LADDER, Item, step_time
+from lowmem_compile.planner.choices import BALANCE, GAINS, LADDER, Item, step_time
 from lowmem_compile.planner.choose import relative_errors
 from lowmem_compile.planner.plan import Plan, Planner
 from lowmem_compile.planner.program import program_of
@@ -64,7 +64,7 @@ def default_decisions(planner: Planner) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in planner.items:
         wanted = ("int10" if item.kind in ("score", "difference") else "int8") if named == "auto" else named
-        allowed = item.kind in ("ordinary", "score", "difference") and wanted in {c.name for c in item.choices}
+        allowed = item.kind in GAINS and wanted in {c.name for c in item.choices}
         found[item.root] = wanted if allowed and wanted in LADDER else "exact"
     return found
 

@@ -6,7 +6,8 @@ result of 0.8 MB). No formula gives the latter, so each convolution is run twice
 PyTorch's profiler: the highest sum of the blocks of the allocator, less the result. Convolutions of more than ``LARGEST`` bytes,
 on other devices, of dynamic size, or first met while a profiler of the user's runs, count as taking none.
 
-Attention on a CPU takes a block of scores for each thread, whatever the batch and the heads: it is tried on one head.
+Attention on a CPU takes a block of scores for each thread, whatever the batch and the heads: it is tried on one head; the
+project's own backward pass on the heads that it takes at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import fx
 from lowmem_compile._torch import profiler_is_on, unset_fake_temporarily
 from lowmem_compile.demo.measure import peak_bytes
 from lowmem_compile.graph import concrete, nbytes, tensor_of, tensor_value
+from lowmem_compile.kernels.attention_backward import attention_backward, chunk_of
 from lowmem_compile.kernels.linear_cross_entropy.op import chunk_rows
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ ATTENTION = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
 )
+OWN_ATTENTION = attention_backward._opoverload
 
 
 def scratch_bytes(node: fx.Node) -> int:
@@ -47,6 +50,8 @@ def scratch_bytes(node: fx.Node) -> int:
     if node.target in ATTENTION:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), tensor_value)
         return _of_attention(node.target, args, kwargs)
+    if node.target is OWN_ATTENTION:
+        return _of_own_attention(fx.node.map_arg(node.args, tensor_value))
     return 0
 
 
@@ -54,6 +59,8 @@ def call_scratch(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     """The same for a call with tensors, such as fake ones, in place of nodes."""
     if target in ATTENTION:
         return _of_attention(target, args, kwargs or {})
+    if target is OWN_ATTENTION:
+        return _of_own_attention(args)
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if str(target) == "lowmem.linear_cross_entropy.default":
         return _chunks(tensors[0], tensors[1])
@@ -103,6 +110,24 @@ def _of_attention(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     grad = args[0]
     copied = int(grad.numel() * grad.element_size()) if target is ATTENTION[1] and not grad.transpose(1, 2).is_contiguous() else 0
     return copied + _measured(target, tuple(map(of_one_head, args)), tuple(given.items()))
+
+
+def _of_own_attention(args: Sequence[Any]) -> int:
+    """Of one chunk: every tensor cut to its rows of the batch and its heads, as far as it has more than one."""
+    if not all(isinstance(n, int) for a in args if isinstance(a, torch.Tensor) for n in a.shape):
+        return 0
+    query, key = args[1], args[2]
+    chunk = chunk_of(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+    def of_one_chunk(argument: Any) -> Any:
+        if not isinstance(argument, torch.Tensor) or argument.dim() < 4:
+            return _argument(argument)
+        first = [min(n, most) for n, most in zip(argument.shape, chunk, strict=False)]
+        order = (0, 2, 1, 3) if argument is not args[4] else (0, 1, 2, 3)
+        laid_out = torch.empty([(*first, *argument.shape[2:])[d] for d in order], dtype=argument.dtype, device="meta")
+        return _argument(laid_out.permute(order))
+
+    return _measured(OWN_ATTENTION, tuple(map(of_one_chunk, args)))
 
 
 def _signature(argument: Any) -> Any:

@@ -22,7 +22,7 @@ class Reason(NamedTuple):
 FAMILIES: Final[Mapping[str, str]] = {
     "LM1": "rewritten",
     "LM2": "declined: the rewrite is not possible or not allowed here",
-    "LM3": "declined: the rewrite would not save bytes",
+    "LM3": "declined: the rewrite would not pay",
     "LM9": "failed: the graph was compiled without this pass",
 }
 
@@ -197,6 +197,11 @@ REASONS: Final[Mapping[str, Reason]] = {
         "No other encode or decode is near enough to share a launch.",
         "",
     ),
+    "LM311": Reason(
+        "The library is as fast",
+        "For this dtype and these sizes the library's own operation takes no longer than what would replace it.",
+        "",
+    ),
     "LM900": Reason(
         "The pass raised an error",
         "The pass stopped with an error, its changes to this graph were dropped, and the graph was compiled without it.",
@@ -260,6 +265,12 @@ REWRITES: Final[Mapping[str, Reason]] = {
     "unfold_patches": Reason(
         "Patches embedded by a linear layer",
         "The convolution's windows tile its input, so it is a matrix product; the library's algorithm took scratch memory.",
+        "",
+    ),
+    "attention_backward": Reason(
+        "Attention's gradients computed from its inputs",
+        "Matrix products on some heads at a time take less time than the library's kernel, and read neither the output nor the "
+        "logsumexp.",
         "",
     ),
     "accumulate_sums": Reason(

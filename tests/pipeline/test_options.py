@@ -159,6 +159,7 @@ def test_the_order_of_the_passes() -> None:
         "unfold_patches",
         "chunk_loss",
         "projection_taps",
+        "attention_backward",
         "norm_from_output",
         "approximate_activation",
         "accumulate_sums",

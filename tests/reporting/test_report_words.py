@@ -108,7 +108,7 @@ def test_a_generic_code_is_explained_by_its_pass() -> None:
 
 
 def test_unknown_codes_are_explained_by_family() -> None:
-    assert explain_code("LM399").title == "Declined: the rewrite would not save bytes"
+    assert explain_code("LM399").title == "Declined: the rewrite would not pay"
     for code in ("LM999999", "LM799", "lm101", ""):
         assert explain_code(code).title == "Unknown reason"
 

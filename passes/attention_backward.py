@@ -1,0 +1,106 @@
+"""On a CPU, the gradients of a fused attention come from queries, keys and values alone, by the library's matrix products.
+
+    before   dQ, dK, dV = flash_attention_backward(dO, Q, K, V, O, L)      saves O: B·H·S·E·itemsize, L: 4·B·H·S
+    after    P = softmax(scale·QKᵀ + M);  dP = dO Vᵀ;  dS = P ∘ (dP − rowsum(P∘dP))
+             dV = Pᵀ dO;  dQ = scale·dS K;  dK = scale·dSᵀ Q                of some heads at a time
+
+PyTorch's kernel for a CPU takes two to four times as long for 16-bit tensors of up to some hundred keys: it multiplies small
+blocks, each a call of the library. And it needs O and L, which nothing else keeps where the output's linear layer is frozen.
+
+Bytes saved: 4·B·H·S of L, and O where it is read by nothing else. Scratch memory: eight bytes for each of half a million scores.
+Not matched: other devices. Declined: float32 (the kernel is as fast), more than ``LARGEST`` scores a head, ``LARGEST_CAUSAL``
+if keys ahead are left out (as fast), a dynamic number of queries or keys, dropout, grouped heads that the kernel itself expands.
+Numerics class: REASSOCIATED. Its error in bfloat16 is about that of PyTorch's kernel (kernels/attention_backward).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import fx
+
+from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
+from lowmem_compile.graph import replace_and_erase, splice, sympy_numel, tensor_value
+from lowmem_compile.kernels.attention_backward import attention_backward
+
+aten = torch.ops.aten
+FLASH = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+NARROW = (torch.bfloat16, torch.float16)
+LARGEST, LARGEST_CAUSAL = 1 << 20, 1 << 18
+"""Scores of a head, above which PyTorch's kernel is as fast: it leaves blocks of keys that are ahead out."""
+
+
+class Call(NamedTuple):
+    """The arguments of PyTorch's kernel."""
+
+    grad: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    out: fx.Node
+    logsumexp: fx.Node
+    dropout: float
+    causal: bool
+    mask: fx.Node | None
+    scale: float | None
+
+
+class AttentionBackward:
+    """Compute an attention's gradients without its output and logsumexp."""
+
+    name = "attention_backward"
+    stage = Stage.JOINT
+    numerics = Numerics.REASSOCIATED
+
+    def find(self, graph: fx.Graph, ctx: Context) -> list[Match]:
+        if ctx.device != "cpu":
+            return []
+        return [Match(n, call_of(n)) for n in graph.find_nodes(op="call_function", target=FLASH)]
+
+    def check(self, match: Match, ctx: Context) -> Decline | None:  # noqa: ARG002
+        call: Call = match.info
+        query, key, value = (tensor_value(n) for n in (call.query, call.key, call.value))
+        if call.dropout != 0:
+            return Decline("LM203", "the attention drops scores at random")
+        if query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3]:
+            return Decline("LM203", "queries have more heads than keys")
+        if query.dtype not in NARROW:
+            return Decline("LM311", f"the library's kernel is as fast in {_short(query.dtype)}")
+        if not all(isinstance(n, int) for n in (query.shape[2], key.shape[2])):
+            return Decline("LM203", "the number of queries or keys is dynamic")
+        if query.shape[2] * key.shape[2] > (LARGEST_CAUSAL if call.causal else LARGEST):
+            return Decline("LM311", f"the library's kernel is as fast over {key.shape[2]} keys")
+        return None
+
+    def rewrite(self, graph: fx.Graph, match: Match, ctx: Context) -> None:  # noqa: ARG002
+        node, call = match.node, match.info
+        inputs = [call.grad, call.query, call.key, call.value, *([] if call.mask is None else [call.mask])]
+        scale = tensor_value(call.query).shape[3] ** -0.5 if call.scale is None else call.scale
+
+        def gradients(*given: torch.Tensor) -> Any:
+            mask = given[4] if len(given) > 4 else None
+            return attention_backward(*given[:4], mask, call.causal, scale)
+
+        new = splice(graph, node, gradients, inputs, like=node, decompositions={}, backward=True)
+        replace_and_erase(graph, node, new)
+
+    def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
+        """Of the logsumexp; the output's, where nothing else reads it, come on top."""
+        kept = tensor_value(match.info.logsumexp)
+        return sympy_numel(kept) * kept.element_size()
+
+    def describe(self, match: Match, ctx: Context) -> str:  # noqa: ARG002
+        query, key = (tensor_value(n) for n in (match.info.query, match.info.key))
+        return f"{query.shape[2]} queries, {key.shape[2]} keys, {_short(query.dtype)}"
+
+
+def call_of(node: fx.Node) -> Call:
+    """What PyTorch's kernel is called with."""
+    given: dict[str, Any] = dict(zip(Call._fields, node.args, strict=False))
+    return Call(**given, mask=node.kwargs.get("attn_mask"), scale=node.kwargs.get("scale"))  # type: ignore[arg-type]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
