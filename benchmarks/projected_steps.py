@@ -38,6 +38,7 @@ from lowmem_compile.demo import weights
 from lowmem_compile.demo.measure import peak_bytes
 from lowmem_compile.reporting.units import format_bytes
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PERIOD = {"COAP": 40}
 OTHERS = 200
 INCLUDE = ("*attn*", "*mlp*")
@@ -212,11 +213,15 @@ def main(
     cycles: Annotated[int, typer.Option(help="times that bases are made anew")] = 2,
     variants: str = ",".join(VARIANTS),
     coap: Annotated[str | None, typer.Option(help="folder with COAP's released code, coap_torch")] = None,
+    precision: Annotated[str, typer.Option(help=f"of {', '.join(PRECISIONS)}: of weights, gradients and states")] = "fp32",
+    disable: Annotated[str, typer.Option(help="passes that lowmem leaves out, such as attention_backward")] = "",
 ) -> None:
     """Measure and print."""
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"precision {precision!r}: there are {', '.join(PRECISIONS)}.")
     if coap is not None:
         sys.path.append(coap)
-    base = MODELS[model](layers).train()
+    base = MODELS[model](layers).train().to(PRECISIONS[precision])
     rank = base.config.hidden_size // ratio
     ids = torch.randint(0, base.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
     runners = []
@@ -230,7 +235,8 @@ def main(
         except ImportError as error:
             print(f"{name}: left out, {error}")
             continue
-        options: Any = {"gradients": "exact", "codec": "none"} if backend == "lowmem" else None
+        options: Any = {"gradients": "exact", "codec": "none", "disable": list(filter(None, disable.split(",")))}
+        options = options if backend == "lowmem" else None
         runners.append(Runner(name, torch.compile(mine, backend=backend, options=options), optimizer))
     first = 2 * interval + 1  # before it everything is compiled, and the peaks are taken
     steps = first + interval * cycles
@@ -246,9 +252,8 @@ def main(
                 runner.timed(ids)
             bar.update()
     bar.close()
-    report(
-        runners, interval, f"{model}, {layers} layers, {rows} x {length} tokens, rank {rank}, {torch.get_num_threads()} threads"
-    )
+    title = f"{model}, {layers} layers, {rows} x {length} tokens, rank {rank}, {precision}, {torch.get_num_threads()} threads"
+    report(runners, interval, title)
 
 
 def report(runners: list[Runner], interval: int, title: str) -> None:
