@@ -14,7 +14,7 @@ import unittest.mock
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch._functorch.config as functorch_config
@@ -463,6 +463,17 @@ def compiled_backward(outputs: Any) -> Any:
     if seen:
         raise AssertionError(f"no compiled backward graph among {sorted({type(node).__name__ for node in seen})}")
     return None
+
+
+def narrow_products(dtype: torch.dtype) -> Literal["none", "vectors", "tiles"]:
+    """The instructions by which this processor multiplies matrices of a 16-bit dtype: none, those of vectors or of tiles (AMX)."""
+    if not torch.backends.mkldnn.is_available():
+        return "none"
+    if dtype == torch.float16:
+        return "tiles" if torch.ops.mkldnn._is_mkldnn_fp16_supported() else "none"
+    if dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        return "tiles"
+    return "vectors" if dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "none"
 
 
 def profiler_is_on() -> bool:

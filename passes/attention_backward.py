@@ -8,8 +8,9 @@ PyTorch's kernel for a CPU takes two to four times as long for 16-bit tensors of
 blocks, each a call of the library. And it needs O and L, which nothing else keeps where the output's linear layer is frozen.
 
 Bytes saved: 4·B·H·S of L, and O where it is read by nothing else. Scratch memory: eight bytes for each of half a million scores.
-Not matched: other devices. Declined: float32 (the kernel is as fast), more than ``LARGEST`` scores a head, ``LARGEST_CAUSAL``
-if keys ahead are left out (as fast), a dynamic number of queries or keys, dropout, grouped heads that the kernel itself expands.
+Not matched: other devices. Declined: float32 and processors without instructions for 16-bit matrix products (PyTorch's kernel is
+as fast), more than ``LARGEST`` scores a head, ``LARGEST_CAUSAL`` if keys ahead are left out (likewise), a dynamic number of
+queries or keys, dropout, grouped heads that the kernel itself expands.
 Numerics class: REASSOCIATED. Its error in bfloat16 is about that of PyTorch's kernel (kernels/attention_backward).
 """
 
@@ -21,15 +22,16 @@ import sympy
 import torch
 from torch import fx
 
+from lowmem_compile._torch import narrow_products
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
 from lowmem_compile.graph import replace_and_erase, splice, sympy_numel, tensor_value
 from lowmem_compile.kernels.attention_backward import attention_backward
 
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-NARROW = (torch.bfloat16, torch.float16)
 LARGEST, LARGEST_CAUSAL = 1 << 20, 1 << 18
-"""Scores of a head, above which PyTorch's kernel is as fast: it leaves blocks of keys that are ahead out."""
+"""Scores of a head, above which PyTorch's kernel is as fast: it leaves blocks of keys that are ahead out. A quarter of it where
+the processor has instructions for 16-bit vectors and not for tiles."""
 
 
 class Call(NamedTuple):
@@ -66,11 +68,15 @@ class AttentionBackward:
             return Decline("LM203", "the attention drops scores at random")
         if query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3]:
             return Decline("LM203", "queries have more heads than keys")
-        if query.dtype not in NARROW:
-            return Decline("LM311", f"the library's kernel is as fast in {_short(query.dtype)}")
+        products = narrow_products(query.dtype)
+        if products == "none":
+            return Decline(
+                "LM311", f"this processor multiplies no {_short(query.dtype)} matrices faster than the library's kernel"
+            )
         if not all(isinstance(n, int) for n in (query.shape[2], key.shape[2])):
             return Decline("LM203", "the number of queries or keys is dynamic")
-        if query.shape[2] * key.shape[2] > (LARGEST_CAUSAL if call.causal else LARGEST):
+        largest = LARGEST_CAUSAL if call.causal else LARGEST
+        if query.shape[2] * key.shape[2] > (largest if products == "tiles" else largest // 4):
             return Decline("LM311", f"the library's kernel is as fast over {key.shape[2]} keys")
         return None
 

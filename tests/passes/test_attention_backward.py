@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowmem_compile._torch import narrow_products
 from lowmem_compile.contract import Context
 from lowmem_compile.options import Options
 from lowmem_compile.passes import attention_backward as module
@@ -18,6 +19,12 @@ from tests.helpers import Graphs, check_gradients, compile_graphs
 NAME = "attention_backward"
 OWN = torch.ops.lowmem.attention_backward.default
 D, HEADS = 16, 2
+
+
+@pytest.fixture(autouse=True)
+def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this processor can do does not matter here."""
+    monkeypatch.setattr(module, "narrow_products", lambda dtype: "none" if dtype == torch.float32 else "tiles")
 
 
 class Attention(nn.Module):
@@ -120,6 +127,23 @@ def test_many_keys_are_declined(causal: bool, limit: str, monkeypatch: pytest.Mo
         graphs = compile_graphs(model)
         graphs(rows()).sum().backward()
         assert graphs.codes(NAME) == codes
+
+
+@pytest.mark.parametrize(("products", "codes"), [("none", ["LM311"]), ("vectors", ["LM100"]), ("tiles", ["LM100"])])
+def test_the_processor_decides(products: str, codes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "narrow_products", lambda _: products)
+    graphs = compile_graphs(Attention().bfloat16())
+    graphs(rows()).sum().backward()
+    assert graphs.codes(NAME) == codes
+    monkeypatch.setattr(module, "LARGEST", 4 * 48)
+    graphs = compile_graphs(Attention().bfloat16())
+    graphs(rows()).sum().backward()
+    assert graphs.codes(NAME) == (["LM100"] if products == "tiles" else ["LM311"])
+
+
+def test_float32_matrices_are_no_narrow_ones() -> None:
+    assert narrow_products(torch.float32) == "none"
+    assert narrow_products(torch.bfloat16) in ("none", "vectors", "tiles")
 
 
 def test_other_devices_do_not_match() -> None:
