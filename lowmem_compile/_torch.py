@@ -466,7 +466,7 @@ def compiled_backward(outputs: Any) -> Any:
 
 
 def narrow_products(dtype: torch.dtype) -> Literal["none", "vectors", "tiles"]:
-    """The instructions by which this processor multiplies matrices of a 16-bit dtype: none, those of vectors or of tiles (AMX)."""
+    """Instructions with which this processor multiplies matrices of a 16-bit dtype: none, those of vectors or of tiles (AMX)."""
     if not torch.backends.mkldnn.is_available():
         return "none"
     if dtype == torch.float16:
