@@ -45,7 +45,9 @@ def run(
     again: Annotated[bool, typer.Option(help="Measure cells anew that are in the file.")] = False,
     render_only: Annotated[bool, typer.Option(help="Measure nothing.")] = False,
     details: Annotated[bool, typer.Option(help="Print the full table of every cell.")] = False,
-    brief: Annotated[bool, typer.Option(help="Print one table: a row a cell, eager, the one flag and lowmem.")] = False,
+    brief: Annotated[
+        bool, typer.Option(help="Print one table: a row a cell, eager, the one flag, lowmem and its budget of 0.25.")
+    ] = False,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure cells, then print the table and the check of what was asked."""

@@ -126,23 +126,27 @@ def overviews(cells: Sequence[CellResult]) -> str:
 
 
 def one_line_each(cells: Sequence[CellResult]) -> str:
-    """Eager, the one flag and lowmem of each cell in one row; bytes and times as shares of Inductor's."""
-    shown = ("eager", "one_flag", "lowmem")
+    """Eager, the one flag, lowmem and its budget of each cell in one row; bytes and times as shares of Inductor's."""
+    measured = {v.name for cell in cells for v in cell.variants}
+    ways = [name for name in ("lowmem", "lowmem_0.25") if name in measured]
+    shown = ["eager", "one_flag", *ways]
     names = " | ".join(VARIANTS[name].label for name in shown)
+    cosines = " | ".join(VARIANTS[name].label for name in ways)
     lines = [
-        f"| | saved: Inductor | {names} | peak: Inductor | {names} | step: {names} | gradient cosine: lowmem |",
-        "|---" * (4 + 3 * len(shown)) + "|",
+        f"| | saved: Inductor | {names} | peak: Inductor | {names} | step: {names} | gradient cosine: {cosines} |",
+        "|---" * (3 + 3 * len(shown) + len(ways)) + "|",
     ]
     for cell in cells:
-        base, ours = cell.variant(BASELINE), cell.variant("lowmem")
-        if base is None or ours is None:
+        base = cell.variant(BASELINE)
+        if base is None or cell.variant("lowmem") is None:
             continue
         row = [cell_name(cell)]
         for name in ("saved", "peak"):
             found = (cell.variant(v) for v in shown)
             row += [_of_base(cell, base, name), *("" if f is None else _of_base(cell, f, name) for f in found)]
         row += ["" if (f := cell.variant(v)) is None else _step_ratio(f) for v in shown]
-        lines.append("| " + " | ".join([*row, _number(ours.cosine, 5)]) + " |")
+        row += ["" if (f := cell.variant(v)) is None else _number(f.cosine, 5) for v in ways]
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
