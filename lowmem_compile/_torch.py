@@ -549,6 +549,15 @@ def code_writing() -> types.SimpleNamespace:
     )
 
 
+@functools.cache
+def loop_splitting() -> types.SimpleNamespace:
+    """What splits loops in Inductor's C++, for :mod:`lowmem_compile.whole_loops`; imported on demand."""
+    from torch._inductor.codegen.cpp import CppScheduling
+    from torch.utils._sympy.functions import FloorDiv
+
+    return types.SimpleNamespace(CppScheduling=CppScheduling, FloorDiv=FloorDiv)
+
+
 def compiled_frame() -> str:
     """What Dynamo calls the Python frame it compiles at the moment; variants of a frame have the same name. Empty outside."""
     from torch._guards import CompileContext

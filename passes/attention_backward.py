@@ -33,9 +33,6 @@ LARGEST, LARGEST_CAUSAL = 1 << 20, 1 << 18
 """Scores of a head, above which PyTorch's kernel is as fast: it leaves blocks of keys that are ahead out. A quarter of it where
 the processor has instructions for 16-bit vectors and not for tiles."""
 
-MULTIPLE = 32
-"""Other numbers of queries or keys are left to PyTorch: with 257 gradients were wrong in single processes, not explained yet."""
-
 
 class Call(NamedTuple):
     """The arguments of PyTorch's kernel."""
@@ -78,8 +75,6 @@ class AttentionBackward:
             )
         if not all(isinstance(n, int) for n in (query.shape[2], key.shape[2])):
             return Decline("LM203", "the number of queries or keys is dynamic")
-        if query.shape[2] % MULTIPLE or key.shape[2] % MULTIPLE:
-            return Decline("LM203", f"the number of queries or keys is no multiple of {MULTIPLE}")
         largest = LARGEST_CAUSAL if call.causal else LARGEST
         if query.shape[2] * key.shape[2] > (largest if products == "tiles" else largest // 4):
             return Decline("LM311", f"the library's kernel is as fast over {key.shape[2]} keys")

@@ -14,6 +14,7 @@ from lowmem_compile.graph import concrete, copy_module, is_tangent, placeholders
 from lowmem_compile.planner.replay import Code, TensorSpec, replay
 from lowmem_compile.reporting.model import Phase, TimelinePoint
 from lowmem_compile.saved import Partition
+from lowmem_compile.whole_loops import whole_loops
 
 
 def specs_of(graph: fx.Graph) -> tuple[TensorSpec | int | float | None, ...]:
@@ -58,7 +59,7 @@ def generated_timeline(partition: Partition, patches: Mapping[str, Any]) -> tupl
     """
     codes = []
     for graph, backward in ((partition.forward, False), (partition.backward, True)):
-        with cheaper():
+        with cheaper(), whole_loops():
             source, constants = generated_source(copy_module(graph), patches, is_backward=backward)
         codes.append(Code(source, specs_of(graph.graph), constants))
     return replay(codes[0], codes[1], partition.num_user_outputs)

@@ -25,7 +25,6 @@ D, HEADS = 16, 2
 def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this processor can do does not matter here."""
     monkeypatch.setattr(module, "narrow_products", lambda dtype: "none" if dtype == torch.float32 else "tiles")
-    monkeypatch.setattr(module, "MULTIPLE", 1)
 
 
 class Attention(nn.Module):
@@ -140,13 +139,6 @@ def test_the_processor_decides(products: str, codes: list[str], monkeypatch: pyt
     graphs = compile_graphs(Attention().bfloat16())
     graphs(rows()).sum().backward()
     assert graphs.codes(NAME) == (["LM100"] if products == "tiles" else ["LM311"])
-
-
-def test_odd_lengths_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MULTIPLE", 32)
-    graphs = compile_graphs(Attention().bfloat16())
-    graphs(rows()).sum().backward()
-    assert graphs.codes(NAME) == ["LM203"]
 
 
 def test_float32_matrices_are_no_narrow_ones() -> None:
