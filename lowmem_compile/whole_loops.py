@@ -53,7 +53,7 @@ def unless_rest(split: Callable[[Any, list[Any]], list[Any]], floor_div: type) -
 
 def leaves_rest(node: Any, floor_div: type) -> bool:
     """Whether an index of a node's loops is divided by a number that is not known to divide its size."""
-    (sizes, _), body, _ = node.node.get_default_sizes_body()
-    size_of = dict(zip(body.iter_vars, sizes, strict=True))
+    _, body, _ = node.node.get_default_sizes_body()
+    size_of = body.var_ranges
     divisions = {d for e in body.indexing_exprs.values() if isinstance(e, sympy.Expr) for d in e.find(floor_div)}
     return any(d.args[0] in size_of and size_of[d.args[0]] % d.args[1] != 0 for d in divisions)

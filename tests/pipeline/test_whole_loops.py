@@ -18,7 +18,6 @@ I, J = sympy.symbols("i j", integer=True, nonnegative=True)
 
 def poison(like: Tensor) -> None:
     """Leave not-a-numbers in the memory that the next tensors of this size get."""
-    torch.full((4, *like.shape), torch.nan, dtype=like.dtype)
     kept = [torch.full_like(like, torch.nan) for _ in range(8)]
     del kept
 
@@ -40,6 +39,12 @@ def test_scales_of_padded_rows(width: int, dtype: torch.dtype) -> None:
         assert torch.equal(compiled(codes, scales), want)
 
 
+def test_sizes_of_one() -> None:
+    compiled = torch.compile(lambda x: (x.reshape(4, 1, 9) * 2).sum(0), backend="lowmem", fullgraph=True)
+    x = torch.randn(4, 9)
+    torch.testing.assert_close(compiled(x), (x * 2).sum(0, keepdim=True))
+
+
 @pytest.mark.parametrize("name", ["int8", "int10", "int6"])
 @pytest.mark.parametrize("width", [2056, 500, 4112])
 def test_codes_of_padded_rows(name: str, width: int) -> None:
@@ -58,7 +63,8 @@ def test_codes_of_padded_rows(name: str, width: int) -> None:
 
 
 def node(size: int | sympy.Expr, *indices: sympy.Expr) -> SimpleNamespace:
-    body = SimpleNamespace(iter_vars=[I, J], indexing_exprs={f"index{k}": e for k, e in enumerate(indices)})
+    exprs = {f"index{k}": e for k, e in enumerate(indices)}
+    body = SimpleNamespace(var_ranges={I: 4, J: size}, indexing_exprs=exprs)
     return SimpleNamespace(node=SimpleNamespace(get_default_sizes_body=lambda: (((4, size), ()), body, ((), ()))))
 
 
