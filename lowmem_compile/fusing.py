@@ -98,6 +98,19 @@ def rows_are_summed(node: fx.Node) -> bool:
     return _meets_reduction(node, _users, reduces_rows)
 
 
+def results_of(node: fx.Node) -> int:
+    """How many values that pointwise work makes of the tensor are read by something else: each takes a kernel."""
+    seen, work, found = {node}, [node], 0
+    while work:
+        for user in work.pop().users:
+            if user in seen or not (user.target in VIEW_OPS or is_pointwise(user)):
+                continue
+            seen.add(user)
+            work.append(user)
+            found += is_pointwise(user) and not all(is_pointwise(n) for n in _through_views(user))
+    return found
+
+
 def decode_is_prologue(placeholder: fx.Node, bits: int) -> bool:
     """Whether one matrix product alone reads what is decoded, and Inductor may decode as it loads its tiles.
 

@@ -35,6 +35,7 @@ from lowmem_compile.fusing import (
     decode_is_fused,
     decode_is_prologue,
     encode_is_fused,
+    results_of,
     rows_are_summed,
     runs_triton,
     shares_launches,
@@ -236,11 +237,12 @@ def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Conte
 
     Codes that lie in runs Inductor decodes in a kernel for the elements and one for their order: only what is small.
 
-    On a CPU codes that lie in runs are decoded in loops of their own for library calls and for what sums rows: a sum over such a
-    row, written as one loop, is computed element by element (a norm's backward takes ten times as long).
+    On a CPU codes that lie in runs are decoded in loops of their own for library calls, for what sums rows (a sum over such a
+    row, written as one loop, is computed element by element: a norm's backward takes ten times as long), and where several
+    results are made of them, which Inductor would compute from float32 copies (GELU and its slope: two, of four bytes an element).
     """
     if ctx.device == "cpu":
-        alone = not decode_is_fused(placeholder) or rows_are_summed(placeholder)
+        alone = not decode_is_fused(placeholder) or rows_are_summed(placeholder) or results_of(placeholder) > 1
         return "in loops" if codec.runs > 1 and alone else "fused"
     if decode_is_fused(placeholder):
         return "fused"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -235,9 +237,18 @@ class Normed(nn.Module):
         return torch.tanh(self.outer(self.norm(torch.tanh(self.inner(x)))))
 
 
-@pytest.mark.parametrize(("name", "model", "alone"), [("int6", Normed, True), ("int8", Normed, False), ("int6", Block, False)])
-def test_what_a_norm_sums_is_decoded_in_loops_of_its_own(name: str, model: type[nn.Module], alone: bool) -> None:
-    """Where codes lie in runs. Pointwise work decodes for itself."""
+@pytest.mark.parametrize(
+    ("name", "model", "alone"),
+    [
+        ("int6", Normed, True),
+        ("int8", Normed, False),
+        ("int6", Block, True),  # GELU again, for a weight's gradient, and its slope
+        ("int8", Block, False),
+        ("int6", functools.partial(Block, torch.tanh), False),
+    ],
+)
+def test_what_is_decoded_in_loops_of_its_own(name: str, model: Callable[[], nn.Module], alone: bool) -> None:
+    """Where codes lie in runs: what a norm sums, and what two results are made of. One pointwise result decodes for itself."""
     net = model()
     graphs = compile_graphs(net, codec=name)
     run(graphs, net, [torch.randn(128, 192, requires_grad=True) if model is Normed else rows()])
