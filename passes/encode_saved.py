@@ -239,7 +239,7 @@ def decoding(codec: Codec, value: torch.Tensor, placeholder: fx.Node, ctx: Conte
 
     On a CPU codes that lie in runs are decoded in loops of their own for library calls, for what sums rows (a sum over such a
     row, written as one loop, is computed element by element: a norm's backward takes ten times as long), and where several
-    results are made of them, which Inductor would compute from float32 copies (GELU and its slope: two, of four bytes an element).
+    results are made of them, which Inductor would compute from float32 copies (GELU and its slope: two of 4 bytes each).
     """
     if ctx.device == "cpu":
         alone = not decode_is_fused(placeholder) or rows_are_summed(placeholder) or results_of(placeholder) > 1
