@@ -22,6 +22,7 @@ def poison(like: Tensor) -> None:
     del kept
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("width", [2048, 2056, 2049, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_of_padded_rows(width: int, dtype: torch.dtype) -> None:
@@ -39,12 +40,14 @@ def test_scales_of_padded_rows(width: int, dtype: torch.dtype) -> None:
         assert torch.equal(compiled(codes, scales), want)
 
 
+@pytest.mark.e2e
 def test_sizes_of_one() -> None:
     compiled = torch.compile(lambda x: (x.reshape(4, 1, 9) * 2).sum(0), backend="lowmem", fullgraph=True)
     x = torch.randn(4, 9)
     torch.testing.assert_close(compiled(x), (x * 2).sum(0, keepdim=True))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ["int8", "int10", "int6"])
 @pytest.mark.parametrize("width", [2056, 500, 4112])
 def test_codes_of_padded_rows(name: str, width: int) -> None:
