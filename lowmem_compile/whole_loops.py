@@ -42,11 +42,11 @@ def wholly(inner: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def unless_rest(split: Callable[[Any, list[Any]], list[Any]], floor_div: type) -> Callable[[Any, list[Any]], list[Any]]:
+def unless_rest(split: Callable[..., list[Any]], floor_div: type) -> Callable[..., list[Any]]:
     """The splitting of the loops of some nodes, which are returned as they are where a rest would be left out."""
 
-    def split_evenly(scheduling: Any, nodes: list[Any]) -> list[Any]:
-        return nodes if any(leaves_rest(node, floor_div) for node in nodes) else split(scheduling, nodes)
+    def split_evenly(scheduling: Any, nodes: list[Any], *more: Any, **named: Any) -> list[Any]:
+        return nodes if any(leaves_rest(node, floor_div) for node in nodes) else split(scheduling, nodes, *more, **named)
 
     return split_evenly
 
