@@ -47,7 +47,7 @@ from lowmem_compile.registry import Entry, forget, register
 from lowmem_compile.registry import reset as reset_registry
 from lowmem_compile.saved import Partition
 from lowmem_compile.tapping import TapInput, Variants, parameter_positions
-from lowmem_compile.whole_loops import wholly
+from lowmem_compile.whole_loops import whole_loops
 
 log = logging.getLogger(__name__)
 
@@ -171,12 +171,12 @@ def compile_graph(
         patches = {**SHARED_CONFIG, **patches, SCHEDULER_PASS: ShareLaunches(partitioner.uuid())}
     more: dict[str, Any] = {}
     if inner_compile is not None:
-        more["inner_compile"] = wholly(inner_compile)
+        more["inner_compile"] = whole_loops()(inner_compile)
         patches["force_disable_caches"] = True
     elif settings.report and entry.training:
-        more["inner_compile"] = wholly(cheaply(followed(entry.generated)))
+        more["inner_compile"] = whole_loops()(cheaply(followed(entry.generated)))
     else:
-        more["inner_compile"] = wholly(cheaply(compile_fx_inner))
+        more["inner_compile"] = whole_loops()(cheaply(compile_fx_inner))
     try:
         table = decompositions(settings)
         compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, **more)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -98,17 +98,20 @@ def rows_are_summed(node: fx.Node) -> bool:
     return _meets_reduction(node, _users, reduces_rows)
 
 
-def results_of(node: fx.Node) -> int:
-    """How many values that pointwise work makes of the tensor are read by something else: each takes a kernel."""
-    seen, work, found = {node}, [node], 0
+def made_of(node: fx.Node) -> Iterator[fx.Node]:
+    """What pointwise work and views make of the tensor, each once."""
+    seen, work = {node}, [node]
     while work:
         for user in work.pop().users:
-            if user in seen or not (user.target in VIEW_OPS or is_pointwise(user)):
-                continue
-            seen.add(user)
-            work.append(user)
-            found += is_pointwise(user) and not all(is_pointwise(n) for n in _through_views(user))
-    return found
+            if user not in seen and (user.target in VIEW_OPS or is_pointwise(user)):
+                seen.add(user)
+                work.append(user)
+                yield user
+
+
+def results_of(node: fx.Node) -> int:
+    """How many values that pointwise work makes of the tensor are read by something else: each takes a kernel."""
+    return sum(is_pointwise(n) and not all(map(is_pointwise, _through_views(n))) for n in made_of(node))
 
 
 def decode_is_prologue(placeholder: fx.Node, bits: int) -> bool:

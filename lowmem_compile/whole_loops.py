@@ -9,7 +9,6 @@ index that Inductor does not split.
 from __future__ import annotations
 
 import contextlib
-import functools
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +20,10 @@ from lowmem_compile._torch import loop_splitting
 
 @contextlib.contextmanager
 def whole_loops() -> Iterator[None]:
-    """While this is active Inductor writes no split loop that leaves a rest out; nothing, in a version that splits no loop."""
+    """While this is active, or a function runs that it decorates, Inductor writes no split loop that leaves a rest out.
+
+    In a version that splits no loop it does nothing.
+    """
     private = loop_splitting()
     split = getattr(private.CppScheduling, "try_loop_split", None)
     if split is None:
@@ -29,17 +31,6 @@ def whole_loops() -> Iterator[None]:
         return
     with unittest.mock.patch.object(private.CppScheduling, "try_loop_split", unless_rest(split, private.FloorDiv)):
         yield
-
-
-def wholly(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """Inductor's compile of one ATen graph, with :func:`whole_loops`."""
-
-    @functools.wraps(inner)
-    def compiled(*args: Any, **kwargs: Any) -> Any:
-        with whole_loops():
-            return inner(*args, **kwargs)
-
-    return compiled
 
 
 def unless_rest(split: Callable[..., list[Any]], floor_div: type) -> Callable[..., list[Any]]:

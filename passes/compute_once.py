@@ -20,8 +20,8 @@ import torch
 from torch import fx
 
 from lowmem_compile.contract import Context, Decline, Match, Numerics, Stage
-from lowmem_compile.fusing import is_pointwise
-from lowmem_compile.graph import VIEW_OPS, nbytes, numel
+from lowmem_compile.fusing import is_pointwise, made_of
+from lowmem_compile.graph import nbytes, numel
 
 COSTLY = frozenset({"cos", "sin", "exp", "exp2", "log", "log2", "tanh", "erf", "sigmoid"})
 """Operations whose vector code takes tens of instructions an element, by name."""
@@ -70,12 +70,4 @@ def is_costly(node: fx.Node) -> bool:
 
 def reach(node: fx.Node) -> int:
     """Elements of the largest result that Inductor computes with this one inside: through pointwise work and views."""
-    largest, seen, work = 0, {node}, [node]
-    while work:
-        for user in work.pop().users:
-            if user in seen or not (user.target in VIEW_OPS or is_pointwise(user)):
-                continue
-            seen.add(user)
-            work.append(user)
-            largest = max(largest, numel(user))
-    return largest
+    return max(map(numel, made_of(node)), default=0)
