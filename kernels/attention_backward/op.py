@@ -2,7 +2,8 @@
 
 PyTorch's kernel reads the output O and the logsumexp L beside them: P = exp(S - L), δ = rowsum(dO∘O). Here P = softmax(S) and
 δ = rowsum(P∘dP) are made of the scores that are there anyway, so neither O nor L has to be saved for it, and P and δ fit the Q,
-K and V that are read, whatever their error: rows of P sum to one, rows of dS to zero.
+K and V that are read, whatever their error: rows of P sum to one, rows of dS to zero. Where something else in the backward pass
+reads O (the gradient of the next linear's weight), O = PV is made again from the same P, a sixth product of that size.
 
 The scores of some heads at a time: S in float32 (Q and K are small beside it), P, dP and dS in the dtype of Q, matrix products
 by the library. In bfloat16 that takes a quarter to a half of the time of PyTorch's kernel up to some hundred keys (README).
@@ -31,9 +32,9 @@ def chunk_of(batch: int, heads: int, queries: int, keys: int) -> tuple[int, int]
 
 @torch.library.custom_op("lowmem::attention_backward", mutates_args=())
 def attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV) of O = softmax(scale·QKᵀ + M)V, laid out as [B, S, H, D].
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, output: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV, O) of O = softmax(scale·QKᵀ + M)V, laid out as [B, S, H, D].
 
     Args:
         grad: dO [B, H, S, E].
@@ -43,8 +44,9 @@ def attention_backward(
         mask: M, floating point, broadcast to [B, H, S, T]; a row of -inf attends to nothing.
         causal: query s reads keys up to s only.
         scale: a number.
+        output: whether to make O; where not, it is an empty tensor [0].
     """
-    grads = tuple(_like(t) for t in (query, key, value))
+    grads = (*(_like(t) for t in (query, key, value)), _output(query, value, output))
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
     if grad.numel() == 0 or keys == 0:
         return tuple(g.zero_() for g in grads)  # type: ignore[return-value]
@@ -68,6 +70,8 @@ def attention_backward(
         if nothing is not None:
             p.masked_fill_(_of(nothing, at, shape, (*size[:2], 1)), 0.0)
         low.copy_(p)
+        if output:
+            grads[3][at] = torch.bmm(low, v).unflatten(0, shape)
         grads[2][at] = torch.bmm(low.transpose(1, 2), g).unflatten(0, shape)
         torch.bmm(g, v.transpose(1, 2), out=dp)
         aten._softmax_backward_data.out(dp, low, -1, dp.dtype, grad_input=dp)
@@ -85,8 +89,16 @@ def _(
     mask: Tensor | None,  # noqa: ARG001
     causal: bool,  # noqa: ARG001
     scale: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(query), _like(key), _like(value)
+    output: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(query), _like(key), _like(value), _output(query, value, output)
+
+
+def _output(query: Tensor, value: Tensor, wanted: bool) -> Tensor:
+    """An empty tensor for O, laid out as :func:`_like` does, or of no elements."""
+    if not wanted:
+        return value.new_empty(0)
+    return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
 
 
 def _like(t: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 def attention_backward_reference(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of softmax(scale·QKᵀ + M)V, in the dtype of the arguments: give it float64 to judge others by.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of O = softmax(scale·QKᵀ + M)V and O itself, in the dtype of the arguments: give it float64 to judge others by.
 
     Shapes as in :func:`.op.attention_backward`. A row of M that is -inf throughout attends to nothing: P = 0.
     """
@@ -23,4 +23,4 @@ def attention_backward_reference(
     p = torch.softmax(scores, -1).masked_fill(nothing, 0.0)
     dp = grad @ value.transpose(-2, -1)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    return scale * (ds @ key), scale * (ds.transpose(-2, -1) @ query), p.transpose(-2, -1) @ grad
+    return scale * (ds @ key), scale * (ds.transpose(-2, -1) @ query), p.transpose(-2, -1) @ grad, p @ value

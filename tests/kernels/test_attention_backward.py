@@ -39,10 +39,10 @@ def double(given: Four) -> Four:
 
 
 def check(given: Four, mask: Tensor | None, causal: bool, scale: float = 0.3) -> None:
-    got = attention_backward(*given, mask, causal, scale)
+    got = attention_backward(*given, mask, causal, scale, True)
     wide = None if mask is None else mask.double()
     want = attention_backward_reference(*double(given), wide, causal, scale)
-    for g, w, like in zip(got, want, given[1:], strict=True):
+    for g, w, like in zip(got, want, (*given[1:], given[0]), strict=True):
         assert g.dtype == like.dtype
         assert g.shape == like.shape
         assert error(g, w) <= TOLERANCE[given[0].dtype]
@@ -87,10 +87,10 @@ def test_masked_rows_are_those_of_pytorch(dtype: torch.dtype) -> None:
     mask = torch.zeros(2, 1, 4, 4, dtype=dtype)
     mask[0, :, 1] = -INF
     mask[1, :, :, 3] = -INF
-    dq, dk, dv = attention_backward(*given, mask, False, 8**-0.5)
+    dq, dk, dv, made = attention_backward(*given, mask, False, 8**-0.5, True)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*given[1:], attn_mask=mask)
     wanted = aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, out, lse, 0.0, False, attn_mask=mask)
-    for g, w in zip((dq, dk, dv), wanted, strict=True):
+    for g, w in zip((dq, dk, dv, made), (*wanted, out), strict=True):
         assert error(g, w) <= TOLERANCE[dtype]
     assert not dq[0, :, 1].any()
     assert not dk[1, :, 3].any()
@@ -102,7 +102,7 @@ def test_a_query_that_is_no_number_reaches_its_gradient(bad: float) -> None:
     grad, q, k, v = inputs((1, 2, 4, 4, 4, 4), torch.bfloat16)
     q = q.clone()
     q[0, 1, 2, 0] = bad
-    dq, dk, _ = attention_backward(grad, q, k, v, torch.zeros(1, 1, 4, 4, dtype=q.dtype), False, 0.5)
+    dq, dk, *_ = attention_backward(grad, q, k, v, torch.zeros(1, 1, 4, 4, dtype=q.dtype), False, 0.5)
     assert not dq[0, 1, 2].isfinite().any()
     assert not dk[0, 1].isfinite().any()
     assert dq[0, 0].isfinite().all()
@@ -119,14 +119,19 @@ def test_any_strides(order: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 3), (2, 0, 3, 3), (2, 2, 0, 3), (2, 2, 3, 0)])
 def test_empty(sizes: tuple[int, ...]) -> None:
     given = inputs((*sizes, 4, 4))
-    for g, like in zip(attention_backward(*given, None, False, 0.5), given[1:], strict=True):
+    for g, like in zip(attention_backward(*given, None, False, 0.5, True), (*given[1:], given[0]), strict=True):
         assert g.shape == like.shape
         assert not g.any()
 
 
+@pytest.mark.parametrize("output", [False, True])
 @pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 5, 5)])
-def test_the_operation_is_registered_correctly(mask: Any) -> None:
-    torch.library.opcheck(torch.ops.lowmem.attention_backward.default, (*inputs(SIZES), mask, False, 0.5))
+def test_the_operation_is_registered_correctly(mask: Any, output: bool) -> None:
+    torch.library.opcheck(torch.ops.lowmem.attention_backward.default, (*inputs(SIZES), mask, False, 0.5, output))
+
+
+def test_the_output_is_made_where_it_is_asked_for() -> None:
+    assert attention_backward(*inputs(SIZES), None, False, 0.5)[3].shape == (0,)
 
 
 def test_in_bfloat16_the_error_is_about_pytorchs() -> None:
@@ -136,7 +141,7 @@ def test_in_bfloat16_the_error_is_about_pytorchs() -> None:
     scale = 32**-0.5
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*given[1:])
     theirs = aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, out, lse, 0.0, False)
-    ours = attention_backward(*given, None, False, scale)
-    exact = attention_backward_reference(*double(given), None, False, scale)
+    ours = attention_backward(*given, None, False, scale)[:3]
+    exact = attention_backward_reference(*double(given), None, False, scale)[:3]
     errors = [sum(float((g.double() - w).norm() / w.norm()) ** 2 for g, w in zip(x, exact, strict=True)) for x in (ours, theirs)]
     assert errors[0] <= 1.25 * errors[1]

@@ -84,17 +84,51 @@ def test_under_autocast() -> None:
     assert calls(graphs) == 1
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_what_is_saved(frozen: bool) -> None:
-    """Never the logsumexp; the output where its linear's weight is trained."""
-    model = Attention(frozen).bfloat16()
-    kept = {}
+class Returning(Attention):
+    """Returns the attention's output beside its linear's."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        found: list[Tensor] = []
+        handle = self.o.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        result = super().forward(x, mask)
+        handle.remove()
+        return result, found[0]
+
+
+class Squared(Attention):
+    """Its output's gradient depends on its output."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2) ** 3
+
+
+LOGSUMEXP, OUTPUT = 4 * 2 * HEADS * 7, 2 * 2 * 7 * D
+
+
+@pytest.mark.parametrize("gone", [OUTPUT, OUTPUT, 0, 0], ids=["trained", "frozen", "returned", "read before"])
+def test_what_is_saved(gone: int, request: pytest.FixtureRequest) -> None:
+    """Never the logsumexp; the output only where the user gets it or its gradient depends on it."""
+    case = request.node.callspec.id
+    model = {"trained": Attention, "frozen": lambda: Attention(frozen=True), "returned": Returning, "read before": Squared}[case]()
+    model, kept = model.bfloat16(), {}
     for disable in ([], [NAME]):
         graphs = compile_graphs(model, disable=disable)
-        graphs(rows()).sum().backward()
+        result = graphs(rows())
+        (result[0] if case == "returned" else result).sum().backward()
         kept[bool(disable)] = graphs.chosen.saved_bytes()
-    logsumexp, output = 4 * 2 * HEADS * 7, 2 * 2 * 7 * D
-    assert kept[True] - kept[False] == logsumexp + (output if frozen else 0)
+    assert kept[True] - kept[False] == LOGSUMEXP + gone
+
+
+@pytest.mark.parametrize("kind", [Attention, Returning, Squared])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_behind_the_output_matches_float64(kind: type[Attention], dtype: torch.dtype) -> None:
+    """O made again, for one weight or for several that read other views of it."""
+    model = kind().to(dtype)
+    graphs = compile_graphs(model)
+    check_gradients(graphs, model, [rows(dtype=dtype)], dtype)
+    made = [n for n in graphs.chosen.backward.graph.find_nodes(op="call_function", target=OWN) if n.args[-1] is True]
+    assert len(made) == (kind is Attention)
 
 
 def test_a_dynamic_batch() -> None:
