@@ -41,6 +41,7 @@ from lowmem_compile.in_backward import ORDINAL, Planned, plan_key, take_marks, w
 from lowmem_compile.launches import ShareLaunches
 from lowmem_compile.options import Options
 from lowmem_compile.partition import KEPT_WHOLE, Candidates, budget_partitions, partition_joint, stock_partitions
+from lowmem_compile.peak_estimate import better_peak_estimate
 from lowmem_compile.pipeline import run_stage
 from lowmem_compile.planner.generated import followed
 from lowmem_compile.registry import Entry, forget, register
@@ -169,17 +170,17 @@ def compile_graph(
     patches = {**settings_for_codes(target), **patches, "custom_partitioner_fn": partitioner}
     if shares_launches(settings, target):
         patches = {**SHARED_CONFIG, **patches, SCHEDULER_PASS: ShareLaunches(partitioner.uuid())}
-    more: dict[str, Any] = {}
     if inner_compile is not None:
-        more["inner_compile"] = whole_loops()(inner_compile)
+        inner = inner_compile
         patches["force_disable_caches"] = True
     elif settings.report and entry.training:
-        more["inner_compile"] = whole_loops()(cheaply(followed(entry.generated)))
+        inner = cheaply(followed(entry.generated))
     else:
-        more["inner_compile"] = whole_loops()(cheaply(compile_fx_inner))
+        inner = cheaply(compile_fx_inner)
     try:
         table = decompositions(settings)
-        compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, **more)
+        inner = whole_loops()(better_peak_estimate()(inner))
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=table, inner_compile=inner)
     except BaseException:
         forget(entry)  # an error, or Dynamo starts again with other assumptions
         raise

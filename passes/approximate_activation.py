@@ -40,12 +40,13 @@ from lowmem_compile.graph import (
     replace_and_erase,
     sizes,
     splice,
+    storage_root,
     sympy_numel,
     tensor_of,
     tensor_value,
 )
 from lowmem_compile.kernels.activation_codes.tables import StepTable, step_table
-from lowmem_compile.kernels.group_codes import pack_codes, planes, unpack_codes
+from lowmem_compile.kernels.group_codes import in_memory, pack_codes, planes, unpack_codes
 
 aten = torch.ops.aten
 
@@ -86,6 +87,7 @@ def pack_slope(slope: torch.Tensor, low: float, high: float, bits: int) -> tuple
     code = torch.round((slope.to(torch.float32) - low) * (top / (high - low)))
     if bits == 8:
         return ((code - 128.0).to(torch.int8),)
+    code = in_memory(code.to(torch.uint8)).to(torch.float32)
     runs, length = code_runs(code.shape[-1], bits)
     pad = runs * length - code.shape[-1]
     if pad:
@@ -186,7 +188,7 @@ class ApproximateActivation:
             after_h = after_h.next
         encode, decode, kind = self._codes(match, ctx)
         *codes, bad = splice(graph, after_h, lambda x: (*encode(x), poison(x)), [h], like=h, decompositions=decompositions)
-        for new in (*codes, bad):
+        for new in (*codes, *map(storage_root, codes), bad):  # the partitioner pins no views
             new.meta["lowmem_pin"] = True
             new.meta["lowmem_site"] = node.name
             new.meta["lowmem_kind"] = "poison" if new is bad else kind

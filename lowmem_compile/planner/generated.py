@@ -11,6 +11,7 @@ from torch import fx
 from lowmem_compile._torch import compile_fx_inner, compiled_source, generated_source
 from lowmem_compile.generation import cheaper
 from lowmem_compile.graph import concrete, copy_module, is_tangent, placeholders
+from lowmem_compile.peak_estimate import better_peak_estimate
 from lowmem_compile.planner.replay import Code, TensorSpec, replay
 from lowmem_compile.reporting.model import Phase, TimelinePoint
 from lowmem_compile.saved import Partition
@@ -59,7 +60,7 @@ def generated_timeline(partition: Partition, patches: Mapping[str, Any]) -> tupl
     """
     codes = []
     for graph, backward in ((partition.forward, False), (partition.backward, True)):
-        with cheaper(), whole_loops():
+        with cheaper(), whole_loops(), better_peak_estimate():
             source, constants = generated_source(copy_module(graph), patches, is_backward=backward)
         codes.append(Code(source, specs_of(graph.graph), constants))
     return replay(codes[0], codes[1], partition.num_user_outputs)
