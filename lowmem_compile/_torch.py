@@ -566,7 +566,7 @@ def inductor_peaks() -> types.SimpleNamespace | None:
     last step; ``never_made()``, names of buffers that stay inside a kernel; ``overwritten_by()``, the buffer that takes the place
     of another, by name, as far as that is decided. ``None`` in a version that has no such estimate.
     """
-    import torch._inductor.memory as memory
+    from torch._inductor import memory
     from torch._inductor.virtualized import V
 
     wanted = ("estimate_peak_memory", "compute_memory_timeline", "peak_memory_from_buf_info_list", "BufferInfo")
