@@ -559,37 +559,38 @@ def loop_splitting() -> types.SimpleNamespace:
 
 
 @functools.cache
-def inductor_peaks() -> types.SimpleNamespace | None:
+def inductor_peaks() -> types.SimpleNamespace:
     """What estimates a schedule's peak in Inductor, for :mod:`lowmem_compile.peak_estimate`; imported on demand.
 
     Of the graph that is being generated: ``lives(nodes, freeable, outputs)``, the buffers and inputs with their bytes, first and
     last step; ``never_made()``, names of buffers that stay inside a kernel; ``overwritten_by()``, the buffer that takes the place
-    of another, by name, as far as that is decided. ``None`` in a version that has no such estimate.
+    of another, by name, as far as that is decided. ``there``: whether this version has such an estimate.
     """
     from torch._inductor import memory
     from torch._inductor.virtualized import V
 
     wanted = ("estimate_peak_memory", "compute_memory_timeline", "peak_memory_from_buf_info_list", "BufferInfo")
-    if not all(hasattr(memory, name) for name in (*wanted, "assign_memory_planning_info_for_scheduler_buffers")):
-        return None
+    there = all(hasattr(memory, name) for name in (*wanted, "assign_memory_planning_info_for_scheduler_buffers"))
 
     def lives(nodes: Any, freeable: Any, outputs: Any) -> list[Any]:
         memory.assign_memory_planning_info_for_scheduler_buffers(nodes, V.graph.scheduler.name_to_buf)
-        found, *_ = memory.compute_memory_timeline(nodes, freeable, outputs)
+        found: list[Any] = memory.compute_memory_timeline(nodes, freeable, outputs)[0]
         inputs = {name: bytes_of(V.graph.graph_inputs[name]) for name in freeable}
         for life in found:
-            name = life.buffer.get_name()
-            if inputs.get(name) is not None:
-                life.size_alloc = life.size_free = inputs[name]
+            size = inputs.get(life.buffer.get_name())
+            if size is not None:
+                life.size_alloc = life.size_free = size
         return found
 
     def bytes_of(value: Any) -> int | None:
         layout = value.maybe_get_layout() if hasattr(value, "maybe_get_layout") else None
         if layout is None:
             return None
-        return int(V.graph.sizevars.optimization_hint(layout.storage_size(), fallback=0)) * layout.dtype.itemsize
+        elements: int = V.graph.sizevars.optimization_hint(layout.storage_size(), fallback=0)
+        return elements * int(layout.dtype.itemsize)
 
     return types.SimpleNamespace(
+        there=there,
         memory=memory,
         lives=lives,
         never_made=lambda: V.graph.removed_buffers,

@@ -110,7 +110,12 @@ LOGSUMEXP, OUTPUT = 4 * 2 * HEADS * 7, 2 * 2 * 7 * D
 @pytest.mark.parametrize(("case", "gone"), [("trained", OUTPUT), ("frozen", OUTPUT), ("returned", 0), ("read before", 0)])
 def test_what_is_saved(case: str, gone: int) -> None:
     """Never the logsumexp; the output only where the user gets it or its gradient depends on it."""
-    kinds = {"trained": Attention, "frozen": partial(Attention, frozen=True), "returned": Returning, "read before": Squared}
+    kinds: dict[str, Any] = {
+        "trained": Attention,
+        "frozen": partial(Attention, frozen=True),
+        "returned": Returning,
+        "read before": Squared,
+    }
     model: nn.Module = kinds[case]()
     model, kept = model.bfloat16(), {}
     for disable in ([], [NAME]):
