@@ -82,7 +82,10 @@ def pack(h: torch.Tensor, thresholds: tuple[float, ...]) -> torch.Tensor:
 
 
 def pack_slope(slope: torch.Tensor, low: float, high: float, bits: int) -> tuple[torch.Tensor, ...]:
-    """Codes of f'(h) over [low, high]: i8[..., D] at 8 bits, else the planes of ``kernels/group_codes``."""
+    """Codes of f'(h) over [low, high]: i8[..., D] at 8 bits, else the planes of ``kernels/group_codes``.
+
+    Planes are packed from a byte for each element: packing reads an element more than once, and Inductor would keep float32.
+    """
     top = float(2**bits - 1)
     code = torch.round((slope.to(torch.float32) - low) * (top / (high - low)))
     if bits == 8:

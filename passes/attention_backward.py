@@ -105,9 +105,9 @@ class AttentionBackward:
         replace_and_erase(graph, node, new[:3])
 
     def bytes_saved(self, match: Match, ctx: Context) -> sympy.Expr:  # noqa: ARG002
-        """Of the logsumexp and the output."""
-        kept = [tensor_value(n) for n in (match.info.logsumexp, match.info.out)]
-        return sum((sympy_numel(t) * t.element_size() for t in kept), sympy.Integer(0))
+        """Of the logsumexp; the output's, where it is not kept for something else, come on top."""
+        kept = tensor_value(match.info.logsumexp)
+        return sympy_numel(kept) * kept.element_size()
 
     def describe(self, match: Match, ctx: Context) -> str:  # noqa: ARG002
         query, key = (tensor_value(n) for n in (match.info.query, match.info.key))
