@@ -95,7 +95,7 @@ def step_definition(bits: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
         from lowmem_compile.passes.approximate_activation import pack, poison
     except ImportError:
         return lambda h: (F.gelu(h), reference.pack(reference.encode(h, table), bits), reference.row_poison(h))
-    return lambda h: (F.gelu(h), pack(h, tuple(table.thresholds)), poison(h))
+    return lambda h: (F.gelu(h), *pack(h, tuple(table.thresholds)), poison(h))
 
 
 # Kernels

@@ -21,7 +21,7 @@ Table = Literal["slope", "derivative", "primitive"]
 Recompute = Literal["pointwise", "inductor"]
 Fold = Literal["auto", "always", "never"]
 Loss = Literal["auto", "never"]
-CodeBits = Literal[2, 4]
+CodeBits = Literal[2, 4, 5]
 SlopeBits = Literal[4, 5, 6, 7, 8]
 CodecName = Literal["auto", "none", "bf16", "int10", "int8", "int7", "int6", "int5", "int4", "int3", "fp8"]
 Rounding = Literal["nearest", "stochastic"]
@@ -37,18 +37,20 @@ class Options:
         gradients: ``"approximate"`` (default) allows passes whose gradient differs from the exact one where that saves
             bytes; ``"exact"`` uses only exact and reassociated passes.
         table: codes of approximate-BP activations: ``"slope"`` (default: the derivative itself in ``slope_bits`` bits),
-            ``"derivative"`` (a step function of 2 or 4 bits fitted to it) or ``"primitive"`` (ReGELU2/ReSiLU2, the published
+            ``"derivative"`` (a step function of 2, 4 or 5 bits fitted to it) or ``"primitive"`` (ReGELU2/ReSiLU2, the published
             coefficients, always 2 bits).
-        code_bits: bits a code of a ``"derivative"`` table takes: 4 (default) or 2.
-        slope_bits: bits a slope code takes: 4 to 8 (default).
+        code_bits: bits a code of a ``"derivative"`` table takes: 5 (default), 4 or 2.
+        slope_bits: bits a slope code takes: 4 to 8; ``None`` (default): 6 on a CPU, elsewhere 8, which Inductor makes in a kernel
+            that is there anyway.
         recompute: ``"pointwise"`` (default) lets the backward pass recompute pointwise operations, matmul inputs
             included; ``"inductor"`` keeps Inductor's own rule.
         fold_norm_affine: fold a norm's affine into the linears that read it: ``"auto"`` only where it lowers the
             saved bytes, ``"always"`` wherever it is legal, ``"never"``.
         chunked_loss: compute a large-vocabulary linear + cross-entropy in chunks: ``"auto"`` or ``"never"``.
         codec: how saved floating-point tensors are kept: ``"auto"`` (default: ``"int8"``; ``"int10"`` for queries,
-            keys, values and outputs that a library's backward pass of attention reads), ``"none"``,
-            ``"bf16"``, ``"int10"`` to ``"int3"``, group-wise codes of so many bits, or ``"fp8"``, group-wise ``float8_e4m3fn``.
+            keys, values and outputs that a library's backward pass of attention reads; on a CPU ``"int7"`` for queries and
+            values that ours reads and ``"int6"`` for what a frozen norm's backward alone reads), ``"none"``, ``"bf16"``,
+            ``"int10"`` to ``"int3"``, group-wise codes of so many bits, or ``"fp8"``, group-wise ``float8_e4m3fn``.
         codec_group: elements along the last dimension that share a scale.
         rounding: of the codes: ``"nearest"`` or ``"stochastic"`` (unbiased; follows ``torch.manual_seed``).
         memory_budget: what may be kept for the backward pass: a share of the bytes Inductor would save (``0.3``), or a peak
@@ -72,8 +74,8 @@ class Options:
 
     gradients: Gradients = "approximate"
     table: Table = "slope"
-    code_bits: CodeBits = 4
-    slope_bits: SlopeBits = 8
+    code_bits: CodeBits = 5
+    slope_bits: SlopeBits | None = None
     recompute: Recompute = "pointwise"
     fold_norm_affine: Fold = "auto"
     chunked_loss: Loss = "auto"
@@ -152,6 +154,8 @@ class Options:
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
+    if any(get_origin(part) is Literal for part in get_args(hint)):
+        hint = Literal[*(choice for part in get_args(hint) for choice in (get_args(part) or (None,)))]
     if get_origin(hint) is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
             raise OptionError(f"options[{name!r}] must be one of {', '.join(map(repr, get_args(hint)))}, not {value!r}")

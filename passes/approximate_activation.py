@@ -8,7 +8,7 @@ Forward: exact. Exact gradient: g·f'(h). Ours: g·s(h), where s depends on ``op
 
 - ``"slope"`` (default): f'(h) itself, rounded to 2^b − 1 equal steps over its range, b = ``options["slope_bits"]``. The error is
   at most half a step, (hi − lo)/(2^b − 1)/2, whatever h is, and backward computes neither erf nor exp;
-- ``"derivative"``: step function of ``options["code_bits"]`` = 4 or 2 bits fitted to f' (FewBit);
+- ``"derivative"``: step function of ``options["code_bits"]`` = 5, 4 or 2 bits fitted to f' (FewBit);
 - ``"primitive"``: ReGELU2/ReSiLU2, 2 bits.
 
 p is 0 for finite rows and NaN for a row that holds a NaN or an Inf, so non-finite activations reach the gradient.
@@ -59,26 +59,19 @@ ACTIVATIONS: Mapping[Any, str] = {
 }
 
 
-def pack(h: torch.Tensor, thresholds: tuple[float, ...]) -> torch.Tensor:
-    """Codes of h (2 bits for 3 thresholds, 4 for 15), planar; u8[ceil(N·bits/8)].
+def pack(h: torch.Tensor, thresholds: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+    """Codes of h (b bits for 2^b − 1 thresholds), packed by :func:`pack_codes_of` as one row: planes of ceil(N/8)·b bytes in all.
 
-    One conversion to uint8 at the end: Inductor's C++ is 20–40 times slower on uint8 arithmetic.
+    Packing reads a code more than once; from 4 bits on it is a byte in memory, so that its thresholds are compared once.
     """
     bits = (len(thresholds) + 1).bit_length() - 1
-    runs = 8 // bits
-    flat = h.reshape(-1)
-    length = (flat.numel() + runs - 1) // runs
-    pad = runs * length - flat.numel()
-    if not is_static(pad, 0):
-        flat = aten.constant_pad_nd(flat, [0, pad])
-    value = flat.view(runs, length).to(torch.float32)
+    value = h.reshape(-1).to(torch.float32)
     code = torch.where(value > thresholds[0], 1.0, 0.0)
     for threshold in thresholds[1:]:
         code = code + torch.where(value > threshold, 1.0, 0.0)
-    packed = code[0]
-    for k in range(1, runs):
-        packed = packed + code[k] * float(2 ** (bits * k))
-    return packed.to(torch.int32).to(torch.uint8)
+    if bits > 2:
+        code = in_memory(code.to(torch.uint8)).to(torch.float32)
+    return pack_codes_of(code, bits)
 
 
 def pack_slope(slope: torch.Tensor, low: float, high: float, bits: int) -> tuple[torch.Tensor, ...]:
@@ -90,12 +83,7 @@ def pack_slope(slope: torch.Tensor, low: float, high: float, bits: int) -> tuple
     code = torch.round((slope.to(torch.float32) - low) * (top / (high - low)))
     if bits == 8:
         return ((code - 128.0).to(torch.int8),)
-    code = in_memory(code.to(torch.uint8)).to(torch.float32)
-    runs, length = code_runs(code.shape[-1], bits)
-    pad = runs * length - code.shape[-1]
-    if pad:
-        code = aten.constant_pad_nd(code, [0, pad])
-    return tuple(plane.flatten(-3) for plane in pack_codes(code.reshape(*code.shape[:-1], runs, 1, length), bits))
+    return pack_codes_of(in_memory(code.to(torch.uint8)).to(torch.float32), bits)
 
 
 def unpack_slope(packed: tuple[torch.Tensor, ...], width: int, low: float, high: float, bits: int) -> torch.Tensor:
@@ -104,10 +92,27 @@ def unpack_slope(packed: tuple[torch.Tensor, ...], width: int, low: float, high:
     if bits == 8:
         whole: torch.Tensor = packed[0].to(torch.float32) * step + (low + 128 * step)
         return whole
+    slope: torch.Tensor = unpack_codes_of(packed, width, bits) * step + low
+    return slope
+
+
+def pack_codes_of(code: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
+    """u8[..., ·] planes, as ``kernels/group_codes`` packs them, of codes f32[..., D] from 0 to 2^bits − 1.
+
+    One conversion to uint8 at the end: Inductor's C++ is 20–40 times slower on uint8 arithmetic.
+    """
+    runs, length = code_runs(code.shape[-1], bits)
+    pad = runs * length - code.shape[-1]
+    if not is_static(pad, 0):
+        code = aten.constant_pad_nd(code, [0, pad])
+    return tuple(plane.flatten(-3) for plane in pack_codes(code.reshape(*code.shape[:-1], runs, 1, length), bits))
+
+
+def unpack_codes_of(packed: tuple[torch.Tensor, ...], width: int, bits: int) -> torch.Tensor:
+    """f32[..., width]: the codes that :func:`pack_codes_of` packed."""
     runs, length = code_runs(width, bits)
     code = unpack_codes(packed, length, bits)
-    slope: torch.Tensor = code * step + low
-    rows: torch.Tensor = slope.reshape(*slope.shape[:-2], runs * length)[..., :width]
+    rows: torch.Tensor = code.reshape(*code.shape[:-2], runs * length)[..., :width]
     return rows
 
 
@@ -116,23 +121,21 @@ def poison(h: torch.Tensor) -> torch.Tensor:
     return (h.to(torch.float32) * 0.0).sum(-1, keepdim=True)
 
 
-def apply_levels(grad: torch.Tensor, packed: torch.Tensor, bad: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+def apply_levels(
+    grad: torch.Tensor, packed: tuple[torch.Tensor, ...], bad: torch.Tensor, levels: tuple[float, ...]
+) -> torch.Tensor:
     """grad · level[code] + poison, computed in float32, in grad's dtype."""
-    bits = len(levels).bit_length() - 1
-    n = grad.numel()
-    shift = torch.arange(0, 8, bits, dtype=torch.int32, device=packed.device).view(8 // bits, 1)
-    code = (packed.to(torch.int32).view(1, -1) >> shift) & (2**bits - 1)
-    slope = select(code, levels)
-    slope = slope.reshape(-1)[:n].reshape(grad.shape)
+    slope = select(unpack_codes_of(packed, grad.numel(), len(levels).bit_length() - 1), levels).reshape(grad.shape)
     return (grad.to(torch.float32) * slope + bad).to(grad.dtype)
 
 
-def select(code: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
-    """levels[code] by a binary tree of selections (a gather from memory is twice as slow on a CPU)."""
+def select(code: torch.Tensor, levels: tuple[float, ...], first: int = 0) -> torch.Tensor:
+    """levels[code − first] by a binary tree of selections (a gather from memory is twice as slow on a CPU)."""
     half = len(levels) // 2
     if half == 1:
-        return torch.where(code == 0, levels[0], levels[1])
-    return torch.where(code < half, select(code, levels[:half]), select(code - half, levels[half:]))
+        return torch.where(code == first, levels[0], levels[1])
+    above = select(code, levels[half:], first + half)
+    return torch.where(code < first + half, select(code, levels[:half], first), above)
 
 
 SLOPE_RANGE: Mapping[str, tuple[float, float]] = {
@@ -208,10 +211,10 @@ class ApproximateActivation:
         if ctx.options.table != "slope":
             table = table_of(name, ctx)
 
-            def by_table(grad: torch.Tensor, bad: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+            def by_table(grad: torch.Tensor, bad: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
                 return apply_levels(grad, packed, bad, table.levels)
 
-            return lambda h: (pack(h, table.thresholds),), by_table, f"{table.bits}-bit codes"
+            return lambda h: pack(h, table.thresholds), by_table, f"{table.bits}-bit codes"
         low, high = SLOPE_RANGE[name]
         bits, extra, kwargs = slope_bits(match, ctx), node.args[2:], dict(node.kwargs)
 
@@ -240,21 +243,36 @@ class ApproximateActivation:
         value = tensor_value(argument(match.node, 1))
         elements = sympy_numel(value)
         last = sizes(value)[-1]
-        rows = elements / (last.node.expr if isinstance(last, torch.SymInt) else sympy.Integer(max(int(last), 1)))
-        bits = slope_bits(match, ctx) if ctx.options.table == "slope" else table_of(match.info.name, ctx).bits
-        return elements * value.element_size() - sympy.ceiling(elements * bits / 8) - 4 * rows
+        width = last.node.expr if isinstance(last, torch.SymInt) else sympy.Integer(max(int(last), 1))
+        rows = elements / width
+        if ctx.options.table == "slope":
+            codes = rows * code_bytes(width, slope_bits(match, ctx))
+        else:
+            codes = code_bytes(elements, table_of(match.info.name, ctx).bits)
+        return elements * value.element_size() - codes - 4 * rows
+
+
+def code_bytes(elements: sympy.Expr, bits: int) -> sympy.Expr:
+    """Bytes of the codes of a row of so many elements: all planes."""
+    runs = 8 // planes(bits)[-1]
+    return sympy.ceiling(elements / runs) * runs * bits / 8
 
 
 def slope_bits(match: Match, ctx: Context) -> int:
     """Bits of a slope code: 8 where the last dimension is dynamic, else the option's."""
     width = sizes(tensor_value(argument(match.node, 1)))[-1]
-    return ctx.options.slope_bits if isinstance(width, int) else 8
+    return default_slope_bits(ctx) if isinstance(width, int) else 8
+
+
+def default_slope_bits(ctx: Context) -> int:
+    """The option's bits; without it 6 on a CPU and 8 elsewhere, where codes of fewer bits take launches of their own."""
+    return ctx.options.slope_bits or (6 if ctx.device == "cpu" else 8)
 
 
 def code_runs(width: int, bits: int) -> tuple[int, int]:
     """Runs of a row and elements a run, as ``kernels/group_codes`` packs them."""
     runs = 8 // planes(bits)[-1]
-    return runs, max(-(-width // runs), 1)
+    return runs, (width + runs - 1) // runs
 
 
 def decompositions_of(target: Any) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Derive step tables from sympy expressions, measure them, and print the digits of `tables.py`.
+"""Derive step tables from sympy expressions, measure them, and print `derived.py`.
 
     python -m lowmem_compile.kernels.activation_codes.derive
 
@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
+from textwrap import fill
 
 import numpy as np
 import sympy as sp
@@ -42,8 +43,8 @@ EXPRESSIONS: dict[str, sp.Expr] = {
 """h(x) of every activation that has a checked-in table."""
 
 KINDS: tuple[Kind, Kind] = ("primitive", "derivative")
-CHECKED_IN: tuple[tuple[Kind, int], ...] = (("primitive", 2), ("derivative", 2), ("derivative", 4))
-"""The kinds and bits of the tables in `tables.py`."""
+CHECKED_IN: tuple[tuple[Kind, int], ...] = (("primitive", 2), ("derivative", 2), ("derivative", 4), ("derivative", 5))
+"""The kinds and bits of the tables in `derived.py`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def derive(expr: sp.Expr, x: sp.Symbol, kind: Kind, bits: int = 2, name: str | N
         x: the only free symbol of `expr`.
         kind: "primitive" minimises ∫ (h - h̃)² over R for a continuous piecewise-linear h̃ that shares h's
             asymptotes; "derivative" minimises ∫ (h' - step)² over [-100, 100].
-        bits: bits a code takes, 1 to 4. A primitive fit of 3 bits takes seconds, of 4 bits minutes.
+        bits: bits a code takes, 1 to 5. A primitive fit of 3 bits takes seconds, of 4 bits minutes.
         name: the table's `activation`; the expression itself if left out.
 
     Raises:
@@ -85,8 +86,8 @@ def derive(expr: sp.Expr, x: sp.Symbol, kind: Kind, bits: int = 2, name: str | N
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if not 1 <= bits <= 4:
-        raise ValueError(f"tables of 1 to 4 bits are fitted, not of {bits}")
+    if not 1 <= bits <= 5:
+        raise ValueError(f"tables of 1 to 5 bits are fitted, not of {bits}")
     function = smooth_activation(expr, x)
     fit, source = {
         "primitive": (fit_primitive, "derived: least ∫(h - h̃)² over R"),
@@ -135,16 +136,29 @@ def _primitive_integral(function: SmoothActivation, table: StepTable) -> float:
     return total
 
 
-def literal() -> str:
-    """The digits of `tables.DERIVED`, as Python source: every table that is not a published one."""
-    lines = ["{"]
+def source() -> str:
+    """`derived.py`: every table that is not a published one."""
+    lines = [HEAD]
     for name, (kind, bits) in product(EXPRESSIONS, CHECKED_IN):
         if (name, kind, bits) not in PUBLISHED:
             table = derive(EXPRESSIONS[name], X, kind, bits, name)
-            parts = (repr(table.thresholds), repr(table.levels), f'"{table.source}"')
-            lines += [f'    ("{name}", "{kind}", {bits}): (', *(f"        {part}," for part in parts), "    ),"]
-    return "\n".join([*lines, "}"])
+            digits = (f"({', '.join(map(repr, part))})," for part in (table.thresholds, table.levels))
+            parts = (*digits, f'"{table.source}",')
+            lines += [f'    ("{name}", "{kind}", {bits}): (']
+            lines += [fill(part, 130, initial_indent=" " * 8, subsequent_indent=" " * 9) for part in parts]
+            lines += ["    ),"]
+    return "\n".join([*lines, "}", ""])
+
+
+HEAD = '''"""The derived step tables, as `python -m lowmem_compile.kernels.activation_codes.derive` prints them."""
+# fmt: off
+
+from __future__ import annotations
+
+from typing import Literal
+
+DERIVED: dict[tuple[str, Literal["primitive", "derivative"], int], tuple[tuple[float, ...], tuple[float, ...], str]] = {'''
 
 
 if __name__ == "__main__":
-    sys.stdout.write(literal() + "\n")
+    sys.stdout.write(source())

@@ -58,10 +58,10 @@ def operations() -> dict[str, Operation]:
         table = step_table("gelu", "derivative", bits)
 
         def forward(h: Tensor, thresholds: tuple[float, ...] = tuple(table.thresholds)) -> tuple[Tensor, ...]:
-            return F.gelu(h), pack(h, thresholds), poison(h)
+            return F.gelu(h), *pack(h, thresholds), poison(h)
 
         def backward(g: Tensor, p: Tensor, bad: Tensor, levels: tuple[float, ...] = tuple(table.levels)) -> Tensor:
-            return apply_levels(g, p, bad, levels)
+            return apply_levels(g, (p,), bad, levels)
 
         made[f"GELU, {bits}-bit step codes"] = Operation(forward, (x,), (STEPS, x, "gelu", table))
         made[f"GELU backward from {bits}-bit step codes"] = Operation(backward, (g, *forward(x)[1:]))
@@ -120,9 +120,9 @@ def products(rows: int = 64, width: int = 64, rank: int = 16) -> dict[str, Opera
     )
     table = step_table("gelu", "derivative", 2)
     thresholds, levels = tuple(table.thresholds), tuple(table.levels)
-    made["GELU(x Wᵀ), 2-bit step codes"] = Operation(lambda x, w: (F.gelu(h := x @ w.t()), pack(h, thresholds)), (x, w))
+    made["GELU(x Wᵀ), 2-bit step codes"] = Operation(lambda x, w: (F.gelu(h := x @ w.t()), *pack(h, thresholds)), (x, w))
     made["(dY W) · levels of 2 bits"] = Operation(
-        lambda dy, w, codes, bad: apply_levels(dy @ w, codes, bad, levels), (dy, w, pack(x, thresholds), poison(x))
+        lambda dy, w, codes, bad: apply_levels(dy @ w, (codes,), bad, levels), (dy, w, *pack(x, thresholds), poison(x))
     )
     return made
 

@@ -96,7 +96,7 @@ def test_the_identity_covers_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"tables": 1, "stric": 2}, ["'tables'", "'stric'", "'table'", "'strict'"]),
         ({"gradients": "rough"}, ["gradients", "'approximate'", "'exact'", "'rough'"]),
         ({"gradients": True}, ["gradients", "True"]),
-        ({"code_bits": 3}, ["code_bits", "2", "4", "3"]),
+        ({"code_bits": 3}, ["code_bits", "2", "4", "5", "3"]),
         ({"code_bits": "4"}, ["code_bits", "'4'"]),
         ({"slope_bits": 3}, ["slope_bits", "4", "8", "3"]),
         ({"codec": "int2"}, ["codec", "'auto'", "'none'", "'bf16'", "'int8'", "'int3'", "'int2'"]),
