@@ -31,7 +31,7 @@ from lowmem_compile.errors import BudgetError, CalibrationError, ScheduleError
 from lowmem_compile.graph import copy_module, decompose, forget_mutation_regions, is_tangent, placeholders, storage_root
 from lowmem_compile.kernels.normalize import normalize_backward_reference, normalize_reference
 from lowmem_compile.options import SlopeBits
-from lowmem_compile.passes.approximate_activation import ACTIVATIONS
+from lowmem_compile.passes.approximate_activation import ACTIVATIONS, default_slope_bits
 from lowmem_compile.pipeline import Recorder, run_stage
 from lowmem_compile.planner.budget import budget_of
 from lowmem_compile.planner.calibrate import Measured, measure
@@ -191,7 +191,7 @@ def best_attempt(attempt: Callable[[Context], Attempt], ctx: Context) -> Attempt
         BudgetError: neither meets the budget.
     """
     options = ctx.options
-    has_fewer = options.table == "slope" and options.gradients != "exact" and options.slope_bits > FEWER_SLOPE_BITS
+    has_fewer = options.table == "slope" and options.gradients != "exact" and default_slope_bits(ctx) > FEWER_SLOPE_BITS
     fewer = replace(ctx, options=replace(options, slope_bits=FEWER_SLOPE_BITS))
     try:
         first = attempt(ctx)

@@ -12,7 +12,8 @@ relative size e becomes one of e·|score|. Its value and output enter dS = P∘(
 attention is sharp dP − δ is a small difference of large numbers, whose errors are independent. All four take ten bits unless
 a codec is asked for by name. ``lowmem::attention_backward`` makes P and δ of the same Q, K and V that it reads, so that rows of
 P sum to one and rows of dS to zero whatever their error; there eight bits do. Products of the tensor with itself, sigmoid, tanh,
-erf and matrix products bound or average it.
+erf and matrix products bound or average it. What is read as the input of a norm alone (:mod:`lowmem_compile.normalised`) needs
+fewer bits than any other.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from lowmem_compile._torch import OpOverload, op_types
 from lowmem_compile.graph import VIEW_OPS, numel
 from lowmem_compile.kernels.attention_backward import attention_backward
 from lowmem_compile.kernels.group_codes import in_memory
+from lowmem_compile.normalised import only_normalised
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 IN_MEMORY = in_memory._opoverload
 ATTENTION_BACKWARD = attention_backward._opoverload
+QUERY_OR_VALUE = f"{ATTENTION_BACKWARD} (query or value)"
 
 
-Kind = Literal["plain", "attended", "difference", "compared with zero", "score", "amplified"]
+Kind = Literal["normalised", "plain", "attended", "difference", "compared with zero", "score", "amplified"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """From the least demanding to the most."""
 
@@ -45,6 +48,11 @@ class Use:
 
     kind: Kind
     through: str = ""
+
+    @property
+    def as_query_or_value(self) -> bool:
+        """Whether it is query or value, and not key, of ``lowmem::attention_backward``."""
+        return self.through == QUERY_OR_VALUE
 
 
 PASSED_ON = VIEW_OPS | {
@@ -112,6 +120,8 @@ COMPARED = {aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten
 
 def use_of(placeholder: fx.Node) -> Use:
     """The worst way in which the backward graph reads its input."""
+    if only_normalised(placeholder):
+        return Use("normalised", "a norm")
     worst = Use("plain")
     seen = {placeholder}
     work = [placeholder]
@@ -121,7 +131,7 @@ def use_of(placeholder: fx.Node) -> Use:
             use = _read(user, node)
             if use.kind == "amplified":
                 return use
-            worst = max(worst, use, key=lambda u: KINDS.index(u.kind))
+            worst = max(worst, use, key=lambda u: (KINDS.index(u.kind), u.as_query_or_value))
             if use.kind == "compared with zero":
                 if node is not placeholder and not _keeps_sign(node, placeholder):
                     return Use("amplified", use.through)
@@ -168,7 +178,8 @@ def _read(user: fx.Node, node: fx.Node) -> Use:
         names = [a.name for a in user.target._schema.arguments]
         read = {n for n, value in zip(names, user.args, strict=False) if value is node}
         if user.target is ATTENTION_BACKWARD:
-            return Use("attended" if read & {"query", "key"} else "plain", name)
+            role = QUERY_OR_VALUE if "key" not in read and read & {"query", "value"} else name
+            return Use("attended" if read & {"query", "key"} else "plain", role)
         if read & {"query", "key"}:
             return Use("score", name)
         return Use("difference" if read & {"value", "out"} else "plain", name)

@@ -54,6 +54,7 @@ from lowmem_compile.graph import (
 )
 from lowmem_compile.kernels.group_codes import Codec, codec_named, encode_runs, in_memory, in_prologue
 from lowmem_compile.launches import SHARED
+from lowmem_compile.options import CodecName
 from lowmem_compile.saved import kind_of
 from lowmem_compile.sensitivity import Use, becomes_gradient, use_of
 
@@ -317,15 +318,32 @@ def spliced(
 
 def codec_of(ctx: Context, crossing: Crossing) -> Codec:
     """The codec that the options name; it keeps zeros apart where the backward pass compares with zero."""
-    attended = any(u.kind in ("score", "difference") for u in crossing.uses)
     plan = ctx.facts.get("plan")
     chosen = "exact" if plan is None else plan.decision(storage_root(crossing.encoded).name)
     if chosen == "exact":
-        chosen = ("int10" if attended else "int8") if ctx.options.codec == "auto" else ctx.options.codec
+        chosen = default_codec(crossing, ctx) if ctx.options.codec == "auto" else ctx.options.codec
     keep_zero = any(u.kind == "compared with zero" for u in crossing.uses)
     return codec_named(
         chosen, group=ctx.options.codec_group, stochastic=ctx.options.rounding == "stochastic", keep_zero=keep_zero
     )
+
+
+def default_codec(crossing: Crossing, ctx: Context) -> CodecName:
+    """Ten bits for what a library's backward pass of attention reads, eight for the rest.
+
+    On a CPU six for the input of a norm, and seven for queries and values of our own backward pass of attention, which are
+    decoded in loops of their own anyway (on a GPU codes of other than 8 bits take launches of their own). Keys keep eight: they
+    have a few large channels, and with seven bits DINOv2's gradients have a cosine of 0.9995 in place of 0.9998.
+    """
+    kinds = {u.kind for u in crossing.uses}
+    if kinds & {"score", "difference"}:
+        return "int10"
+    if ctx.device != "cpu" or not isinstance(rows_and_width(tensor_value(crossing.encoded), codec_named("int6"))[1], int):
+        return "int8"
+    if kinds == {"normalised"}:
+        return "int6"
+    attending = [u for u in crossing.uses if u.kind == "attended" or u.as_query_or_value]
+    return "int7" if attending and all(u.as_query_or_value for u in attending) else "int8"
 
 
 def memory_order(value: torch.Tensor) -> list[int]:

@@ -7,6 +7,7 @@ independent, so squares add: E² = Σ s²e². Without a measurement s² is a pri
     query, key      Σ s² = 40     (from 4 in MiniLM to 130 in DINOv2, whose scores are large)
     value, output   Σ s² = 12     (of attention; 34 in DINOv2, where attention is sharp, an ordinary tensor's share in MiniLM)
     attended        Σ s² = 8      (query and key of ``lowmem::attention_backward``: 8 in MiniLM, 5 in DINOv2)
+    normalised      Σ s² = 0.25   (read as the input of a norm alone: 0.05 in MiniLM, 0.22 at most)
     gradient        s² = 1        (of a weight, computed with the loss: its error is the gradient's)
 
 e of each codec: :attr:`lowmem_compile.kernels.group_codes.Codec.error`. A tensor computed again has no error of its own, but
@@ -29,7 +30,7 @@ from lowmem_compile.contract import Context, Match
 from lowmem_compile.graph import concrete, nbytes, numel, storage_root, tensor_value
 from lowmem_compile.kernels.group_codes import Codec
 from lowmem_compile.options import CodecName
-from lowmem_compile.passes.encode_saved import EncodeSaved, codec_of, rows_and_width
+from lowmem_compile.passes.encode_saved import EncodeSaved, codec_of, default_codec, rows_and_width
 from lowmem_compile.passes.narrow_integers import NarrowIntegers
 from lowmem_compile.passes.pack_masks import PackMasks
 from lowmem_compile.passes.recompute_saved import crossing_nodes
@@ -39,7 +40,7 @@ from lowmem_compile.rematerialise import Recipe, recipe_of
 from lowmem_compile.sensitivity import becomes_gradient
 
 LADDER: tuple[CodecName, ...] = ("bf16", "int10", "int8", "int7", "int6", "int5", "int4")
-GAINS = {"ordinary": 4.0, "score": 40.0, "difference": 12.0, "attended": 8.0}
+GAINS = {"ordinary": 4.0, "normalised": 0.25, "score": 40.0, "difference": 12.0, "attended": 8.0}
 """Prior Σ s² of saved tensors, by kind."""
 BALANCE = {"cpu": 30.0, "cuda": 300.0}
 """Operations a device does in the time it moves a byte."""
@@ -81,8 +82,12 @@ class Item:
     """Roots of saved tensors that its recipe reads: they have to be kept if it is computed again."""
     recipe: Recipe | None = None
     kind: str = "ordinary"
-    """``"ordinary"``, ``"score"`` (query or key), ``"difference"`` (value or output of attention), ``"attended"`` (query or key
-    of our own backward pass), ``"gradient"`` (of a weight, made with the loss), or ``"exact"``."""
+    """``"ordinary"``, ``"normalised"`` (input of a norm alone), ``"score"`` (query or key), ``"difference"`` (value or output of
+    attention), ``"attended"`` (query or key of our own backward pass), ``"gradient"`` (of a weight, made with the loss), or
+    ``"exact"``."""
+
+    usual: str = "exact"
+    """The choice without a budget, where ``options["codec"]`` names none."""
 
     def choice(self, name: str) -> Choice:
         """The choice of that name."""
@@ -108,20 +113,21 @@ def items_of(graph: fx.Graph, ctx: Context, program: Program, measured: Mapping[
     items = []
     for root, saved in crossing.items():
         choices = [Choice("exact", exact_bytes(graph, ctx, saved))]
-        gain2 = 0.0
+        gain2, usual = 0.0, "exact"
         if kinds[root] != "exact":
             sums = {**GAINS, "gradient": counts["gradient"]}
             found = (measured or {}).get(root.name)
             gain2 = sums[kinds[root]] / counts[kinds[root]] if found is None else found.gain**2
             extra = COPY if kinds[root] == "gradient" else 0.0
             choices += _codes(encode, matches[root], ctx, nbytes(root), extra, found)
+            usual = default_codec(matches[root].info, ctx)
         recipe = recipe_of(root, saved, crossing)
         if isinstance(recipe, Recipe) and numel(root) >= 64:
             choices.append(Choice("recompute", 0, 0.0, _time(recipe, ops, balance)))
             sources = frozenset(s.name for s in recipe.sources)
-            items.append(Item(root.name, tuple(choices), gain2, sources, recipe, kinds[root]))
+            items.append(Item(root.name, tuple(choices), gain2, sources, recipe, kinds[root], usual))
         else:
-            items.append(Item(root.name, tuple(choices), gain2, kind=kinds[root]))
+            items.append(Item(root.name, tuple(choices), gain2, kind=kinds[root], usual=usual))
     return items
 
 
@@ -131,6 +137,8 @@ def _kind(match: Match | None, ctx: Context) -> str:
     if all(becomes_gradient(ctx.facts["placeholder_of"][n]) for n in match.info.saved):
         return "gradient"
     kinds = {u.kind for u in match.info.uses}
+    if kinds == {"normalised"}:
+        return "normalised"
     return next((kind for kind in ("score", "difference", "attended") if kind in kinds), "ordinary")
 
 

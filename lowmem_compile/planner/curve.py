@@ -63,7 +63,7 @@ def default_decisions(planner: Planner) -> dict[str, str]:
     named = planner.ctx.options.codec
     found: dict[str, str] = {}
     for item in planner.items:
-        wanted = ("int10" if item.kind in ("score", "difference") else "int8") if named == "auto" else named
+        wanted = item.usual if named == "auto" else named
         allowed = item.kind in GAINS and wanted in {c.name for c in item.choices}
         found[item.root] = wanted if allowed and wanted in LADDER else "exact"
     return found

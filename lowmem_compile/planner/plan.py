@@ -102,7 +102,7 @@ class Planner:
         )
 
     def careful(self, cosine: float = COSINE) -> Plan:
-        """Without a budget: for each measured tensor the first of 8 bits, 10 bits and exact that keeps every gradient.
+        """Without a budget: each measured tensor in the fewest bits of 8, 10, its usual codec's and all that keep every gradient.
 
         Args:
             cosine: the least cosine of a parameter's gradient with its exact one, for each tensor alone.
@@ -110,7 +110,7 @@ class Planner:
         decisions = {}
         for item in self.items:
             found = self.measured.get(item.root)
-            have = [name for name in ("int8", "int10") if any(c.name == name for c in item.choices)]
+            have = [c.name for c in reversed(item.choices) if c.name in (item.usual, "int8", "int10")]
             harmless = [name for name in have if found is not None and found.cosine(name) >= cosine]
             decisions[item.root] = harmless[0] if harmless else "exact"
         return replace(self.plan_of(decisions), for_budget=False)

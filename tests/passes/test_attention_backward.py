@@ -217,12 +217,12 @@ def test_idempotent() -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_codes_of_queries_keys_and_values(own: bool) -> None:
-    """Eight bits for our operation, ten for the library's."""
+    """Seven bits for our operation, ten for the library's."""
     model = Attention().bfloat16()
     graphs = compile_graphs(model, codec="auto", disable=[] if own else [NAME])
     graphs(rows(8, 128)).sum().backward()
     kinds = {n.meta.get("lowmem_kind", "") for n in graphs.chosen.forward.graph.nodes}
-    assert ("int10 codes" in kinds, "int8 codes" in kinds) == (not own, own)
+    assert ("int10 codes" in kinds, "int7 codes" in kinds) == (not own, own)
 
 
 @pytest.mark.e2e

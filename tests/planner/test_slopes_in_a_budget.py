@@ -11,6 +11,7 @@ from lowmem_compile.contract import Context
 from lowmem_compile.errors import BudgetError
 from lowmem_compile.options import Options
 from lowmem_compile.partition import COARSE, FEWER_SLOPE_BITS, Attempt, best_attempt
+from lowmem_compile.passes.approximate_activation import default_slope_bits
 
 FINE, ROUGH, WORSE = COARSE / 2, 2 * COARSE, 3 * COARSE
 REFUSED = None
@@ -21,13 +22,14 @@ def tried(errors: dict[int, float | None], *, for_budget: bool = True, **options
     bits: list[int] = []
 
     def attempt(ctx: Context) -> Any:
-        bits.append(ctx.options.slope_bits)
-        error = errors[ctx.options.slope_bits]
+        wanted = default_slope_bits(ctx)
+        bits.append(wanted)
+        error = errors[wanted]
         if error is REFUSED:
-            raise BudgetError(f"{ctx.options.slope_bits} bits")
+            raise BudgetError(f"{wanted} bits")
         return SimpleNamespace(ctx=ctx, plan=SimpleNamespace(error=error, for_budget=for_budget))
 
-    return best_attempt(attempt, Context(Options.from_dict(options))), bits
+    return best_attempt(attempt, Context(Options.from_dict({"slope_bits": 8, **options}))), bits
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def tried(errors: dict[int, float | None], *, for_budget: bool = True, **options
 def test_the_attempt_of_least_error(errors: dict[int, float | None], taken: int, tries: list[int]) -> None:
     best, bits = tried(errors)
     assert bits == tries
-    assert best.ctx.options.slope_bits == taken
+    assert default_slope_bits(best.ctx) == taken
 
 
 def test_what_neither_meets_is_refused_by_the_smaller() -> None:
@@ -50,7 +52,9 @@ def test_what_neither_meets_is_refused_by_the_smaller() -> None:
         tried({8: REFUSED, 6: REFUSED})
 
 
-@pytest.mark.parametrize("options", [{"slope_bits": FEWER_SLOPE_BITS}, {"table": "derivative"}, {"gradients": "exact"}])
+@pytest.mark.parametrize(
+    "options", [{"slope_bits": None}, {"slope_bits": FEWER_SLOPE_BITS}, {"table": "derivative"}, {"gradients": "exact"}]
+)
 def test_without_wide_slopes_there_is_one_attempt(options: dict[str, Any]) -> None:
     errors: dict[int, float | None] = {8: ROUGH, FEWER_SLOPE_BITS: ROUGH}
     assert len(tried(errors, **options)[1]) == 1
