@@ -60,7 +60,7 @@ ACTIVATIONS: Mapping[Any, str] = {
 
 
 def pack(h: torch.Tensor, thresholds: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
-    """Codes of h (b bits for 2^b − 1 thresholds), packed by :func:`pack_codes_of` as one row: planes of ceil(N/8)·b bytes in all.
+    """Codes of h (b bits for 2^b − 1 thresholds), packed by :func:`pack_codes_of` as one row of N elements.
 
     Packing reads a code more than once; from 4 bits on it is a byte in memory, so that its thresholds are compared once.
     """

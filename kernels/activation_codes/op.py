@@ -38,7 +38,11 @@ def step_activation(h: torch.Tensor, name: str, kind: str, bits: int) -> tuple[t
 
     Returns:
         y as h, contiguous; codes uint8 [ceil(N·bits/8)]; poison float32, h's shape with the last dimension 1.
+
+    Raises:
+        ValueError: no such table, or one of other than 2 or 4 bits.
     """
+    reference.require_width(bits)
     table = step_table(name, kind, bits)
     if h.is_cuda:
         from lowmem_compile.kernels.activation_codes.forward_triton import forward

@@ -37,7 +37,7 @@ def encode(x: Tensor, table: StepTable) -> Tensor:
     Raises:
         ValueError: `table` has another width, or `x` is not floating point.
     """
-    _require_width(table.bits)
+    require_width(table.bits)
     if not x.is_floating_point():
         raise ValueError(f"codes are defined for real floating-point tensors, not for {x.dtype}")
     x32 = x.float()
@@ -72,7 +72,7 @@ def pack(codes: Tensor, bits: int = 2) -> Tensor:
     Raises:
         ValueError: `codes` is not uint8, or bits is neither 2 nor 4.
     """
-    _require_width(bits)
+    require_width(bits)
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8, not {codes.dtype}")
     flat = codes.reshape(-1)
@@ -90,7 +90,7 @@ def unpack(packed: Tensor, shape: Sequence[int], bits: int = 2) -> Tensor:
     Raises:
         ValueError: `packed` is not uint8 [ceil(N · bits / 8)] for the N elements of `shape`, or bits is neither 2 nor 4.
     """
-    _require_width(bits)
+    require_width(bits)
     size = torch.Size(shape)
     if packed.dtype != torch.uint8 or packed.shape != (packed_size(size.numel(), bits),):
         raise ValueError(
@@ -124,7 +124,7 @@ def backward(grad: Tensor, packed: Tensor, table: StepTable, poison: Tensor) -> 
     Raises:
         ValueError: `table` has another width, or a shape or dtype does not fit `grad`.
     """
-    _require_width(table.bits)
+    require_width(table.bits)
     if not grad.is_floating_point():
         raise ValueError(f"the gradient must be real floating point, not {grad.dtype}")
     row_shape = (*grad.shape[:-1], 1) if grad.dim() else ()
@@ -139,6 +139,9 @@ def backward(grad: Tensor, packed: Tensor, table: StepTable, poison: Tensor) -> 
     return (grad.to(wide) * levels[codes.long()] + poison.to(wide)).to(grad.dtype)
 
 
-def _require_width(bits: int) -> None:
+def require_width(bits: int) -> None:
+    """Raises:
+    ValueError: codes of so many bits are not what this file packs.
+    """
     if bits not in WIDTHS:
         raise ValueError(f"codes take 2 or 4 bits (2-bit and 4-bit tables), not {bits}")

@@ -189,3 +189,9 @@ def test_gradients() -> None:
     y, codes, poison = step_activation(a, "gelu", "derivative", 4)
     (dh,) = torch.autograd.grad(y, a, grad)
     assert torch.equal(dh, reference.backward(grad, codes, table, poison))
+
+
+def test_step_codes_that_do_not_fill_a_byte_are_refused() -> None:
+    """Tables of 5 bits are for the pass, which packs planes."""
+    with pytest.raises(ValueError, match="2 or 4 bits"):
+        step_activation(torch.randn(8), "gelu", "derivative", 5)

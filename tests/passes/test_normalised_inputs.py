@@ -75,11 +75,20 @@ def test_a_trained_norm_takes_eight_bits(norm: str) -> None:
     model.norm.requires_grad_(True)
     graphs = compile_graphs(model, codec="auto")
     run(graphs, model, [x])
-    assert "int6 codes" not in decisions(graphs)
+    assert decisions(graphs) == {"int8 codes"}
+
+
+def test_a_softmax_is_no_norm() -> None:
+    """Its backward sums P∘dP over a row and multiplies P by that too, but P∘dP goes on as it is."""
+    model, x = Normed("layer"), rows()
+    model.norm = nn.Softmax(-1)
+    graphs = compile_graphs(model, codec="auto")
+    run(graphs, model, [x])
+    assert decisions(graphs) == {"int8 codes"}
 
 
 def test_a_codec_named_in_the_options_is_taken() -> None:
     model, x = Normed("layer"), rows()
     graphs = compile_graphs(model, codec="int5")
     run(graphs, model, [x])
-    assert "int6 codes" not in decisions(graphs)
+    assert decisions(graphs) == {"int5 codes"}
