@@ -140,8 +140,10 @@ def backward(grad: Tensor, packed: Tensor, table: StepTable, poison: Tensor) -> 
 
 
 def require_width(bits: int) -> None:
-    """Raises:
-    ValueError: codes of so many bits are not what this file packs.
+    """Refuse codes of bits that this file does not pack.
+
+    Raises:
+        ValueError: bits is neither 2 nor 4.
     """
     if bits not in WIDTHS:
         raise ValueError(f"codes take 2 or 4 bits (2-bit and 4-bit tables), not {bits}")
