@@ -4,9 +4,11 @@
     python benchmarks/training.py --models minilm --seeds 0 --steps 20
     python benchmarks/training.py --table                           # what is finished
 
-Pretrained models on real text (``lowmem_compile.demo``), full fine-tuning with AdamW under autocast, one learning rate for all. A
-seed is an order of the training batches, the same for every variant. Figure: mean loss over batches that were not trained on, in
-eager PyTorch, after the last step, and its distance to Inductor's with the same seed, which saves every tensor exactly.
+Pretrained models on real text (``lowmem_compile.demo``), full fine-tuning with AdamW under autocast. The learning rate
+falls linearly to zero, as ``transformers.Trainer`` has it, and is the same for all; ``--schedule constant`` leaves it as it
+is. A seed is an order of the training batches, the same for every variant. Figure: mean loss over batches that were not
+trained on, in eager PyTorch, after the last step, and its distance to Inductor's with the same seed, which saves every
+tensor exactly. ``--variants eager`` saves them exactly too: its distance is what rounding alone does.
 
 Each result is a line of JSON in ``--output``; a run found there is not repeated. A variant is compiled once for all its seeds.
 """
@@ -14,8 +16,9 @@ Each result is a line of JSON in ``--output``; a run found there is not repeated
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -34,6 +37,26 @@ HELD_OUT, TRAINED = 20, 100
 """Batches; the trained ones are seen in a new order every epoch."""
 
 
+Schedule = Literal["linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every run of a comparison has in common; part of its identity in the results."""
+
+    steps: int
+    lr: float
+    schedule: Schedule
+
+
+Key = tuple[str, str, Settings, int]
+
+
+def key(row: dict[str, Any]) -> Key:
+    """Model, variant, settings and seed of a result."""
+    return row["model"], row["variant"], Settings(row["steps"], row["lr"], row["schedule"]), row["seed"]
+
+
 def order(seed: int, steps: int) -> list[int]:
     """The training batch of every step."""
     generator = torch.Generator().manual_seed(seed)
@@ -49,14 +72,18 @@ def held_out(workload: Workload, runner: Runner) -> float:
         return sum(runner.loss_of(batch).item() for batch in batches) / len(batches)
 
 
-def train(workload: Workload, runner: Runner, lr: float, steps: int, seed: int) -> tuple[float, float]:
+def train(workload: Workload, runner: Runner, settings: Settings, seed: int) -> tuple[float, float]:
     """Train from the pretrained weights; held-out loss before and after."""
+    steps = settings.steps
     runner.model.load_state_dict(workload.model.state_dict())
-    runner.optimizer = torch.optim.AdamW(workload.parameters(runner.model).values(), lr=lr)
+    runner.optimizer = torch.optim.AdamW(workload.parameters(runner.model).values(), lr=settings.lr)
+    end = 0.0 if settings.schedule == "linear" else 1.0
+    schedule = torch.optim.lr_scheduler.LinearLR(runner.optimizer, start_factor=1.0, end_factor=end, total_iters=steps)
     before = held_out(workload, runner)
     bar = trange(steps, desc=f"{workload.name}, {runner.variant.name}, seed {seed}", mininterval=5, leave=False)
     for _, batch in zip(bar, order(seed, steps), strict=True):
         _, loss = runner.train(batch)
+        schedule.step()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return before, held_out(workload, runner)
 
@@ -67,17 +94,19 @@ def finished(output: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A line a model and variant: losses by seed, and the distance to Inductor's with the same seed."""
+    """A line a model and variant: losses by seed, and the distances to Inductor's with the same seeds and of the means."""
     made = Table(title="held-out loss, by seed")
-    for head in ("model", "variant", "steps", "lr", "before", "after", "against Inductor"):
+    for head in ("model", "variant", "steps, lr", "before", "after", "against Inductor", "means"):
         made.add_column(head)
-    by = {(r["model"], r["variant"], r["steps"], r["lr"], r["seed"]): r for r in rows}
-    for model, variant, steps, lr in dict.fromkeys(key[:4] for key in by):
-        mine = [r for key, r in by.items() if key[:4] == (model, variant, steps, lr)]
-        exact = [by.get((model, BASELINE, steps, lr, r["seed"])) for r in mine]
-        distance = [f"{100 * (r['after'] / e['after'] - 1):+.2f} %" for r, e in zip(mine, exact, strict=True) if e]
+    by = {key(r): r for r in rows}
+    for model, variant, settings in dict.fromkeys(k[:3] for k in by):
+        mine = [r for k, r in by.items() if k[:3] == (model, variant, settings)]
+        pairs = [(r["after"], e["after"]) for r in mine if (e := by.get((model, BASELINE, settings, r["seed"])))]
+        distance = ", ".join(f"{100 * (r / e - 1):+.2f} %" for r, e in pairs)
+        mean = f"{100 * (sum(r for r, _ in pairs) / sum(e for _, e in pairs) - 1):+.2f} %" if pairs else ""
         after = ", ".join(f"{r['after']:.4f}" for r in mine)
-        made.add_row(model, variant, str(steps), f"{lr:g}", f"{mine[0]['before']:.4f}", after, ", ".join(distance))
+        run_as = f"{settings.steps}, {settings.lr:g} {settings.schedule}"
+        made.add_row(model, variant, run_as, f"{mine[0]['before']:.4f}", after, distance, mean)
     return made
 
 
@@ -87,32 +116,34 @@ def main(
     seeds: str = "0,1,2",
     steps: Annotated[int, typer.Option(min=1)] = 200,
     lr: float = 1e-4,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate.")] = "linear",
     output: Annotated[Path, typer.Option(help="JSON-lines file of finished runs.")] = Path(".cache/bench/training.jsonl"),
     only_table: Annotated[bool, typer.Option("--table", help="Print what is finished, run nothing.")] = False,
 ) -> None:
     """Train what is not in the file, then print the table."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    settings = Settings(steps, lr, schedule)
     chosen = select(variants.split(","))
     wanted = [int(seed) for seed in seeds.split(",")]
     cells = [] if only_table else [(one_of("model", model, SIZES), variant) for model in models.split(",") for variant in chosen]
     bar = tqdm(cells, unit="variant", disable=only_table)
     for name, variant in bar:
-        done = {(r["model"], r["variant"], r["seed"], r["steps"], r["lr"]) for r in finished(output)}
-        todo = [seed for seed in wanted if (name, variant.name, seed, steps, lr) not in done]
+        done = {key(r) for r in finished(output)}
+        todo = [seed for seed in wanted if (name, variant.name, settings, seed) not in done]
         if todo:
             bar.set_description(f"{name}, {variant.label}")
-            run(name, variant, todo, steps, lr, output)
+            run(name, variant, todo, settings, output)
     Console(width=150).print(table(finished(output)))
 
 
-def run(name: str, variant: Variant, seeds: list[int], steps: int, lr: float, output: Path) -> None:
+def run(name: str, variant: Variant, seeds: list[int], settings: Settings, output: Path) -> None:
     """Train one model one way, once a seed."""
     rows, length = SIZES[name]
     workload = load(name, precision="autocast", batches=TRAINED + HELD_OUT, rows=rows, length=length)
-    runner = Runner(variant, workload, lr)
+    runner = Runner(variant, workload, settings.lr)
     for seed in seeds:
-        before, after = train(workload, runner, lr, steps, seed)
-        row = {"model": name, "variant": variant.name, "seed": seed, "steps": steps, "lr": lr, "before": before, "after": after}
+        before, after = train(workload, runner, settings, seed)
+        row = {"model": name, "variant": variant.name, "seed": seed, **asdict(settings), "before": before, "after": after}
         with output.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
 
