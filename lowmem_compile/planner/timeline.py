@@ -8,7 +8,8 @@ Counted: everything beyond parameters, buffers and inputs. The kernels and their
 - a loop writes into an input of the same size that dies with it and that no other loop of the kernel reads;
 - on a CPU, loops that follow one another are one call: all of their buffers exist before it and go after it;
 - a library call's scratch memory lives as long as the call (:mod:`lowmem_compile.planner.scratch`);
-- a buffer that dies is kept for a later one of the same size, where that does not raise the peak that Inductor expects.
+- a buffer that dies is kept for a later one of the same size, where that does not raise the peak that Inductor expects, which is
+  what is alive kernel by kernel, loops of one call too (:mod:`lowmem_compile.peak_estimate`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowmem_compile.planner.kernels import Kernel, kernels_of
 from lowmem_compile.planner.program import Op, Program, program_of
@@ -103,9 +104,10 @@ def _run(
     spans, given = _spans(kernels, first, owner, outputs, way)
     live = _total(len(kernels), (*spans, *given))
     if way.hold:
-        expected = [s for group in _spans(kernels, first, owner, outputs, way, expected=True) for s in group]
-        _hold_for_reuse(live, spans, _total(len(kernels), expected))
-    live = [m + k.scratch for m, k in zip(live, kernels, strict=True)]
+        each = _spans(kernels, first, owner, outputs, replace(way, grouped=False))
+        expected = _with_scratch(_total(len(kernels), [s for group in each for s in group]), kernels)
+        _hold_for_reuse(live, spans, expected)
+    live = _with_scratch(live, kernels)
     points = [TimelinePoint(f"start of {phase}", phase, sum(s.size for s in given))] if given else []  # type: ignore[arg-type]
     points += [TimelinePoint(k.module or k.makes[0].target, phase, m) for k, m in zip(kernels, live, strict=True)]  # type: ignore[arg-type]
     last = len(kernels) - 1
@@ -119,15 +121,13 @@ def _spans(
     owner: Mapping[str, str],
     outputs: frozenset[str],
     way: _Way,
-    *,
-    expected: bool = False,
 ) -> tuple[list[_Span], list[_Span]]:
-    """Buffers that the kernels make, and those given at the start; ``expected``: without writing in place and calls at once."""
+    """Buffers that the kernels make, and those given at the start."""
     last: dict[str, int] = {}
     for i, kernel in enumerate(kernels):
         for name in kernel.reads:
             last[owner.get(name, name)] = i
-    call_end = _call_ends(kernels) if way.grouped and not expected else list(range(len(kernels)))
+    call_end = _call_ends(kernels) if way.grouped else list(range(len(kernels)))
     forever = len(kernels)
     alive = {n: _Span(size, dtype, 0, call_end[last[n]] if n in last else -1) for n, (size, dtype) in start.items()}
     for name in alive.keys() & outputs:
@@ -140,7 +140,7 @@ def _spans(
             if op.name in kernel.dead or not op.nbytes:
                 continue
             end = forever if op.name in outputs else call_end[last.get(op.name, i)]
-            candidates = [owner.get(n, n) for n in kernel.may_overwrite(op.name)] if kernel.loop and not expected else []
+            candidates = [owner.get(n, n) for n in kernel.may_overwrite(op.name)] if kernel.loop else []
             taken = next((n for n in candidates if n in dying and _alike(alive[n], op)), None)
             if taken is None:
                 alive[op.name] = _Span(op.nbytes, op.dtype, i, end)
@@ -173,6 +173,10 @@ def _total(kernels: int, spans: Sequence[_Span]) -> list[int]:
             change[span.start] += span.size
             change[min(span.end + 1, kernels)] -= span.size
     return list(itertools.accumulate(change))[:kernels]
+
+
+def _with_scratch(live: Sequence[int], kernels: Sequence[Kernel]) -> list[int]:
+    return [m + k.scratch for m, k in zip(live, kernels, strict=True)]
 
 
 def _add(live: list[int], first: int, last: int, size: int) -> None:
