@@ -9,8 +9,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lowmem_compile.demo.measure import peak_bytes
 from lowmem_compile.planner.kernels import Kernel, kernels_of, realised
-from lowmem_compile.planner.program import Op, ops_of
+from lowmem_compile.planner.program import Op, Program, ops_of
 from lowmem_compile.planner.scratch import ATTENTION, scratch_bytes
+from lowmem_compile.planner.timeline import kernel_points, peak
 
 aten = torch.ops.aten
 
@@ -95,3 +96,21 @@ def test_scratch_of_attention_is_that_of_one_head(dtype: torch.dtype, turned: bo
 
     found = peak_bytes(once, lambda _: None)
     assert scratch_bytes(node) == found.peak - found.end > 0
+
+
+def test_a_buffer_is_not_held_across_a_call_whose_scratch_memory_would_then_make_the_peak() -> None:
+    def call(name: str, nbytes: int, *reads: str, scratch: int = 0) -> Op:
+        return Op(name, "library", "extern", reads, nbytes, nbytes, "bytes", scratch=scratch)
+
+    def highest(size: int, scratch: int, *, hold: bool) -> int:
+        ops = (
+            Op("x", "", "input", nbytes=1),
+            *(call("high", size, "x"), call("read", 1, "high")),
+            *(call("first", 10, "x"), call("read too", 1, "first")),
+            *(call("between", 1, "x", scratch=scratch), call("second", 10, "x")),
+            call("last", 1, "read", "read too", "between", "second"),
+        )
+        return peak(kernel_points(Program(ops, (), frozenset({"last"}), frozenset(), ()), hold=hold)[0])
+
+    assert highest(100, 95, hold=False) == 101  # the high buffer and what reads it
+    assert highest(100, 95, hold=True) == 101  # 108, if the first of the two equal buffers waited for the second
