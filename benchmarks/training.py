@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Annotated, Any, Literal
 
 import torch
@@ -94,7 +95,10 @@ def finished(output: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A line a model and variant: losses by seed, and the distances to Inductor's with the same seeds and of the means."""
+    """A line a model and variant: losses by seed, the distances to Inductor's with the same seeds and of the means.
+
+    Behind the means, of more than two seeds: the standard error of the distances.
+    """
     made = Table(title="held-out loss, by seed")
     for head in ("model", "variant", "steps, lr", "before", "after", "against Inductor", "means"):
         made.add_column(head)
@@ -102,8 +106,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for model, variant, settings in dict.fromkeys(k[:3] for k in by):
         mine = [r for k, r in by.items() if k[:3] == (model, variant, settings)]
         pairs = [(r["after"], e["after"]) for r in mine if (e := by.get((model, BASELINE, settings, r["seed"])))]
-        distance = ", ".join(f"{100 * (r / e - 1):+.2f} %" for r, e in pairs)
+        distances = [100 * (r / e - 1) for r, e in pairs]
+        distance = ", ".join(f"{d:+.2f} %" for d in distances)
         mean = f"{100 * (sum(r for r, _ in pairs) / sum(e for _, e in pairs) - 1):+.2f} %" if pairs else ""
+        if len(pairs) > 2 and variant != BASELINE:
+            mean += f" ± {stdev(distances) / len(distances) ** 0.5:.2f}"
         after = ", ".join(f"{r['after']:.4f}" for r in mine)
         run_as = f"{settings.steps}, {settings.lr:g} {settings.schedule}"
         made.add_row(model, variant, run_as, f"{mine[0]['before']:.4f}", after, distance, mean)
