@@ -310,7 +310,10 @@ def source_line(node: fx.Node) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module a node was traced in, such as ``encoder.layer.0.attention``."""
+    """Dotted path of the module a node was traced in, such as ``encoder.layer.0.attention``.
+
+    A model whose ``forward`` is wrapped is the wrapper's ``args[0]``; its modules have the same names.
+    """
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""
@@ -319,7 +322,7 @@ def module_path(node: fx.Node) -> str:
         return ""
     name = re.sub(r"\._modules\['([^']+)'\]", r".\1", name)
     name = re.sub(r"getattr\((.*), '([^']+)'\)", r"\1.\2", name)
-    name = re.sub(r"[LG]\['[^']+'\]\.?", "", name)
+    name = re.sub(r"L\['args'\]\[0\]\.?|[LG]\['[^']+'\]\.?", "", name)
     name = re.sub(r"\[(\d+)\]", r".\1", name)
     return name.strip(".")
 
